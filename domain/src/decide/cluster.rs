@@ -1,0 +1,165 @@
+//! The cluster itself: initialisation, brokers, settings, proposing clients.
+
+use crate::command::{ActorKind, InitCluster, PutBroker, Rejected, RejectedCode};
+use crate::event::{Event, JournalCompacted};
+use crate::limits::{CLIENT_IDLE_MS_MAX, CLIENTS_MAX, LEASE_MS_MAX, LEASE_MS_MIN};
+use crate::rows::{AdminRole, Broker, Client, Cluster, Token};
+use crate::state::Table;
+
+use super::{Draft, VERSION, check_name, forbidden, invalid, not_found};
+
+pub(super) fn init(draft: &mut Draft, init: &InitCluster) -> Result<(), Rejected> {
+    if draft.state.cluster().is_some() {
+        return Err(Rejected::new(RejectedCode::AlreadyInitialised, "the cluster was initialised before"));
+    }
+    if draft.actor.kind != ActorKind::Bootstrap {
+        return Err(forbidden());
+    }
+    check_lease(init.lease_ms)?;
+    draft.emit(Event::ClusterPut(Cluster {
+        cluster_id: init.cluster_id.to_vec(),
+        trust_domain: init.trust_domain.clone(),
+        anchors: init.anchors.clone(),
+        version: VERSION,
+        lease_ms: init.lease_ms,
+        hold_ms: init.hold_ms,
+        policy_revision: 1,
+    }));
+    let id = draft.next_id();
+    draft.emit(Event::TokenPut(Token {
+        id: Some(id),
+        name: "owner".to_owned(),
+        secret_sha256: init.owner_sha256.to_vec(),
+        role: AdminRole::Owner as i32,
+        generation: 1,
+        revoked: false,
+    }));
+    draft.ids.push(id);
+    Ok(())
+}
+
+pub(super) fn raise_min_version(draft: &mut Draft, version: u32) -> Result<(), Rejected> {
+    draft.need_role(AdminRole::Owner)?;
+    let mut cluster = draft.state.cluster().unwrap_or_default();
+    if version < cluster.version || version > VERSION {
+        return Err(invalid(format!("the version must be between {} and {VERSION}", cluster.version)));
+    }
+    cluster.version = version;
+    draft.emit(Event::ClusterPut(cluster));
+    Ok(())
+}
+
+pub(super) fn register_client(draft: &mut Draft, boot: u64) -> Result<(), Rejected> {
+    let now_ms = draft.now_ms();
+    let idle: Vec<_> = draft
+        .state
+        .rows::<Client>()
+        .filter(|client| client.used_ms + CLIENT_IDLE_MS_MAX < now_ms || client.node == draft.proposer)
+        .collect();
+    if let Some(same) = idle.iter().find(|client| client.node == draft.proposer && client.boot == boot) {
+        draft.ids.push(same.id());
+        return Ok(());
+    }
+    if draft.state.count(Table::Client) - idle.len() >= CLIENTS_MAX {
+        return Err(Rejected::new(RejectedCode::Limit, "too many proposing clients"));
+    }
+    for client in idle.into_iter().filter(|client| client.used_ms + CLIENT_IDLE_MS_MAX < now_ms) {
+        draft.delete_quiet(Table::Client, client.id().key().to_vec());
+    }
+    let id = draft.next_id();
+    let node = draft.proposer;
+    draft.emit(Event::ClientPut(Client { id: Some(id), node, boot, used_ms: now_ms, acked_below: 1, outcomes: Vec::new() }));
+    draft.ids.push(id);
+    Ok(())
+}
+
+pub(super) fn put_broker(draft: &mut Draft, put: &PutBroker) -> Result<(), Rejected> {
+    check_name(&put.name)?;
+    let own = draft.actor.kind == ActorKind::Broker && draft.proposer == put.node;
+    if !own {
+        draft.need_role(AdminRole::Owner)?;
+    }
+    let old = draft.state.row::<Broker>(&put.node.to_be_bytes());
+    if old.as_ref().is_some_and(|broker| broker.removed) {
+        return Err(Rejected::new(RejectedCode::Forbidden, "this broker was removed"));
+    }
+    // Roles are given when a broker joins, not by what it says of itself later.
+    let roles = match &old {
+        Some(broker) if own => broker.roles.clone(),
+        _ => put.roles.clone(),
+    };
+    if draft.state.rows::<Broker>().any(|other| !other.removed && other.node != put.node && other.name == put.name) {
+        return Err(Rejected::new(RejectedCode::Conflict, format!("there is another broker `{}`", put.name)));
+    }
+    let row = Broker {
+        node: put.node,
+        name: put.name.clone(),
+        region: put.region.clone(),
+        host: put.host.clone(),
+        edge: put.edge.clone(),
+        web: put.web.clone(),
+        peer: put.peer.clone(),
+        roles,
+        generation: old.as_ref().map_or(1, |broker| broker.generation),
+        removed: false,
+        draining: old.as_ref().is_some_and(|broker| broker.draining),
+        joined_ms: old.as_ref().map_or(draft.now_ms(), |broker| broker.joined_ms),
+    };
+    if old.as_ref() != Some(&row) {
+        draft.emit(Event::BrokerPut(row));
+    }
+    Ok(())
+}
+
+pub(super) fn remove_broker(draft: &mut Draft, node: u64) -> Result<(), Rejected> {
+    draft.need_role(AdminRole::Owner)?;
+    let mut broker =
+        draft.state.row::<Broker>(&node.to_be_bytes()).ok_or_else(|| not_found("broker", node))?;
+    broker.removed = true;
+    broker.generation += 1;
+    draft.emit(Event::BrokerPut(broker));
+    Ok(())
+}
+
+pub(super) fn drain_broker(draft: &mut Draft, node: u64, draining: bool) -> Result<(), Rejected> {
+    if !(draft.actor.kind == ActorKind::Broker && draft.proposer == node) {
+        draft.need_role(AdminRole::Admin)?;
+    }
+    let mut broker =
+        draft.state.row::<Broker>(&node.to_be_bytes()).ok_or_else(|| not_found("broker", node))?;
+    if broker.draining != draining {
+        broker.draining = draining;
+        draft.emit(Event::BrokerPut(broker));
+    }
+    Ok(())
+}
+
+pub(super) fn put_settings(draft: &mut Draft, lease_ms: u64, hold_ms: u64) -> Result<(), Rejected> {
+    draft.need_role(AdminRole::Owner)?;
+    check_lease(lease_ms)?;
+    let mut cluster = draft.state.cluster().unwrap_or_default();
+    cluster.lease_ms = lease_ms;
+    cluster.hold_ms = hold_ms;
+    draft.emit(Event::ClusterPut(cluster));
+    Ok(())
+}
+
+pub(super) fn compact_journal(draft: &mut Draft, upto_seq: u64) -> Result<(), Rejected> {
+    draft.need_broker()?;
+    if upto_seq >= draft.state.position().seq {
+        return Err(invalid("the journal keeps at least its last event"));
+    }
+    if upto_seq > draft.state.meta.journal_compacted {
+        draft.compact_journal(upto_seq);
+        draft.emit(Event::JournalCompacted(JournalCompacted { upto_seq }));
+    }
+    Ok(())
+}
+
+fn check_lease(lease_ms: u64) -> Result<(), Rejected> {
+    if (LEASE_MS_MIN..=LEASE_MS_MAX).contains(&lease_ms) {
+        Ok(())
+    } else {
+        Err(invalid(format!("the lease must be between {LEASE_MS_MIN} and {LEASE_MS_MAX} ms")))
+    }
+}

@@ -1,0 +1,54 @@
+use sha2::{Digest, Sha256};
+
+use super::table::Table;
+
+/// Sum modulo 2^256 of SHA-256(table, key length, key, value) over all rows; kept as rows come and go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StateHash([u64; 4]);
+
+impl StateHash {
+    pub(super) fn add(&mut self, table: Table, key: &[u8], value: &[u8]) {
+        let mut carry = false;
+        for (limb, term) in self.0.iter_mut().zip(row_hash(table, key, value)) {
+            let (first, over) = limb.overflowing_add(term);
+            let (second, over_again) = first.overflowing_add(u64::from(carry));
+            (*limb, carry) = (second, over || over_again);
+        }
+    }
+
+    pub(super) fn remove(&mut self, table: Table, key: &[u8], value: &[u8]) {
+        let mut borrow = false;
+        for (limb, term) in self.0.iter_mut().zip(row_hash(table, key, value)) {
+            let (first, under) = limb.overflowing_sub(term);
+            let (second, under_again) = first.overflowing_sub(u64::from(borrow));
+            (*limb, borrow) = (second, under || under_again);
+        }
+    }
+
+    /// Little-endian bytes.
+    pub fn to_array(self) -> [u8; 32] {
+        let mut bytes = [0; 32];
+        for (chunk, limb) in bytes.chunks_exact_mut(8).zip(self.0) {
+            chunk.copy_from_slice(&limb.to_le_bytes());
+        }
+        bytes
+    }
+
+    pub(super) fn to_bytes(self) -> Vec<u8> {
+        self.to_array().to_vec()
+    }
+}
+
+fn row_hash(table: Table, key: &[u8], value: &[u8]) -> [u64; 4] {
+    let mut hasher = Sha256::new();
+    hasher.update([table as u8]);
+    hasher.update((key.len() as u64).to_be_bytes());
+    hasher.update(key);
+    hasher.update(value);
+    let digest = hasher.finalize();
+    let mut limbs = [0; 4];
+    for (limb, chunk) in limbs.iter_mut().zip(digest.chunks_exact(8)) {
+        *limb = u64::from_le_bytes(chunk.try_into().expect("chunks are of eight bytes"));
+    }
+    limbs
+}

@@ -1,0 +1,274 @@
+//! The replicated state: tables of rows in persistent maps.
+//!
+//! A clone costs nothing much and shares everything, so readers hold an `Arc<State>` and never lock. The state after
+//! `load(rows)` equals the state the rows came from; secondary indexes are derived and never stored.
+
+mod hash;
+mod read;
+mod table;
+
+use std::sync::Arc;
+
+use imbl::OrdMap;
+
+pub use hash::StateHash;
+pub use read::Unnamed;
+pub use table::{IndexKey, Table};
+
+use crate::command::{Command, Outcome, Rejected};
+use crate::decide::{self, Draft};
+use crate::event::Envelope;
+use crate::id::Id;
+use crate::rows::{self, Row};
+
+/// One changed row: what a replica writes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RowChange {
+    /// Number of the table.
+    pub table: u8,
+    /// Key.
+    pub key: Vec<u8>,
+    /// New value, or none when the row is gone.
+    pub value: Option<Arc<[u8]>>,
+}
+
+/// One row of the journal: an encoded envelope.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JournalRow {
+    /// Sequence number of the event.
+    pub seq: u64,
+    /// Encoded [`Envelope`].
+    pub bytes: Arc<[u8]>,
+}
+
+/// What applying commands changed, to be written in one batch.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Changes {
+    /// Rows.
+    pub rows: Vec<RowChange>,
+    /// Journal.
+    pub journal: Vec<JournalRow>,
+    /// The same events, decoded.
+    pub events: Vec<Envelope>,
+    /// The journal may forget rows up to here.
+    pub compact_journal_upto: Option<u64>,
+}
+
+/// Counters and hashes that travel with the rows.
+///
+/// **Durability** written in the same batch as the rows it describes.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Meta {
+    /// Position: the last event applied.
+    #[prost(message, optional, tag = "1")]
+    pub position: Option<Id>,
+    /// Time of the last entry applied, milliseconds.
+    #[prost(uint64, tag = "2")]
+    pub time_ms: u64,
+    /// Sum modulo 2^256 of SHA-256 over all rows.
+    #[prost(bytes = "vec", tag = "3")]
+    pub state_hash: Vec<u8>,
+    /// Chained hash of all journal rows.
+    #[prost(bytes = "vec", tag = "4")]
+    pub journal_hash: Vec<u8>,
+    /// Next dense number of a user.
+    #[prost(uint32, tag = "5")]
+    pub user_number_next: u32,
+    /// Next dense number of a group.
+    #[prost(uint32, tag = "6")]
+    pub group_number_next: u32,
+    /// The journal begins after this sequence number.
+    #[prost(uint64, tag = "7")]
+    pub journal_compacted: u64,
+}
+
+/// The state that every broker holds.
+#[derive(Clone, Debug, Default)]
+pub struct State {
+    tables: [OrdMap<Vec<u8>, Arc<[u8]>>; Table::COUNT],
+    index: OrdMap<(Table, IndexKey), Vec<u8>>,
+    hash: StateHash,
+    pub(crate) meta: Meta,
+}
+
+/// Rows that were loaded are not a state.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The table's number is not known to this version.
+    #[error("table {0} is not known to this version")]
+    Table(u8),
+    /// A row does not decode.
+    #[error("a row of table `{table:?}` does not decode")]
+    Row {
+        /// Table.
+        table: Table,
+        /// Why.
+        #[source]
+        source: prost::DecodeError,
+    },
+    /// The rows are not those that the metadata was written with.
+    #[error("the rows do not add up to the stored state hash")]
+    Hash,
+}
+
+impl State {
+    /// The state that rows and metadata came from.
+    pub fn load(meta: Meta, rows: impl IntoIterator<Item = RowChange>) -> Result<Self, LoadError> {
+        let mut state = Self { meta, ..Self::default() };
+        for row in rows {
+            let table = Table::from_number(row.table).ok_or(LoadError::Table(row.table))?;
+            if let Some(value) = row.value {
+                let keys = table.index_of(&value).map_err(|source| LoadError::Row { table, source })?;
+                state.set(table, row.key, Some(value), Vec::new(), keys);
+            }
+        }
+        if state.meta.state_hash.is_empty() || state.meta.state_hash == state.hash.to_bytes() {
+            Ok(state)
+        } else {
+            Err(LoadError::Hash)
+        }
+    }
+
+    /// Decides a command and applies what it leads to. Pure and total: a refusal is an outcome.
+    ///
+    /// `time_ms` is the time that the leader stamped on the entry.
+    pub fn apply(&mut self, time_ms: u64, command: &Command, changes: &mut Changes) -> Outcome {
+        if let Some(outcome) = decide::before(self, command) {
+            return outcome;
+        }
+        let mut draft = Draft::new(self.clone(), time_ms, command);
+        let outcome = match decide::decide(&mut draft, command) {
+            Ok(()) => Outcome::Done { position: draft.state.position(), ids: draft.ids.clone() },
+            Err(rejected) => {
+                // A refused command changes nothing but what is remembered of it.
+                draft = Draft::new(self.clone(), time_ms, command);
+                Outcome::Refused(rejected)
+            }
+        };
+        let outcome = decide::remember(&mut draft, command, outcome);
+        let (state, made) = draft.finish();
+        *self = state;
+        changes.rows.extend(made.rows);
+        changes.journal.extend(made.journal);
+        changes.events.extend(made.events);
+        changes.compact_journal_upto = made.compact_journal_upto.or(changes.compact_journal_upto);
+        outcome
+    }
+
+    /// Whether a command would be refused by the state as it is now; the proposer asks before it proposes.
+    pub fn check(&self, time_ms: u64, command: &Command) -> Result<(), Rejected> {
+        let mut draft = Draft::new(self.clone(), time_ms.max(self.meta.time_ms), command);
+        decide::decide(&mut draft, command)
+    }
+
+    /// Position: the last event applied.
+    pub fn position(&self) -> Id {
+        self.meta.position.unwrap_or(Id::new(1, 0))
+    }
+
+    /// Counters and hashes.
+    pub fn meta(&self) -> Meta {
+        Meta { state_hash: self.hash.to_bytes(), ..self.meta.clone() }
+    }
+
+    /// Sum of the hashes of all rows.
+    pub fn state_hash(&self) -> [u8; 32] {
+        self.hash.to_array()
+    }
+
+    /// Time of the last entry applied, milliseconds.
+    pub fn time_ms(&self) -> u64 {
+        self.meta.time_ms
+    }
+
+    /// The row with this key.
+    pub fn row<R: Row>(&self, key: &[u8]) -> Option<R> {
+        self.tables[R::TABLE as usize].get(key).map(|value| decoded(value))
+    }
+
+    /// The row with this id.
+    pub fn by_id<R: Row>(&self, id: Id) -> Option<R> {
+        self.row(&id.key())
+    }
+
+    /// All rows of a table, in key order.
+    pub fn rows<R: Row>(&self) -> impl Iterator<Item = R> + '_ {
+        self.tables[R::TABLE as usize].values().map(|value| decoded(value))
+    }
+
+    /// Rows whose keys begin with `prefix`, in key order.
+    pub fn rows_under<'a, R: Row + 'a>(&'a self, prefix: &'a [u8]) -> impl Iterator<Item = R> + 'a {
+        self.tables[R::TABLE as usize]
+            .range(prefix.to_vec()..)
+            .take_while(move |(key, _)| key.starts_with(prefix))
+            .map(|(_, value)| decoded(value))
+    }
+
+    /// Number of rows of a table.
+    pub fn count(&self, table: Table) -> usize {
+        self.tables[table as usize].len()
+    }
+
+    /// The row found by something else than its key.
+    pub fn find<R: Row>(&self, index: IndexKey) -> Option<R> {
+        self.row(self.index.get(&(R::TABLE, index))?)
+    }
+
+    /// Every row as stored, for snapshots and tests.
+    pub fn all_rows(&self) -> impl Iterator<Item = RowChange> + '_ {
+        Table::ALL.into_iter().flat_map(move |table| {
+            self.tables[table as usize].iter().map(move |(key, value)| RowChange {
+                table: table as u8,
+                key: key.clone(),
+                value: Some(value.clone()),
+            })
+        })
+    }
+
+    pub(crate) fn put<R: Row>(&mut self, row: &R) -> RowChange {
+        let key = row.key();
+        let value: Arc<[u8]> = row.encode_to_vec().into();
+        let before = self.row::<R>(&key).map(|old| old.index()).unwrap_or_default();
+        self.set(R::TABLE, key.clone(), Some(value.clone()), before, row.index());
+        RowChange { table: R::TABLE as u8, key, value: Some(value) }
+    }
+
+    pub(crate) fn delete(&mut self, table: Table, key: Vec<u8>) -> RowChange {
+        let before = self.tables[table as usize]
+            .get(&key)
+            .and_then(|value| table.index_of(value).ok())
+            .unwrap_or_default();
+        self.set(table, key.clone(), None, before, Vec::new());
+        RowChange { table: table as u8, key, value: None }
+    }
+
+    fn set(&mut self, table: Table, key: Vec<u8>, value: Option<Arc<[u8]>>, before: Vec<IndexKey>, after: Vec<IndexKey>) {
+        for index in before {
+            self.index.remove(&(table, index));
+        }
+        for index in after {
+            self.index.insert((table, index), key.clone());
+        }
+        let old = match &value {
+            Some(value) => self.tables[table as usize].insert(key.clone(), value.clone()),
+            None => self.tables[table as usize].remove(&key),
+        };
+        if let Some(old) = old {
+            self.hash.remove(table, &key, &old);
+        }
+        if let Some(value) = &value {
+            self.hash.add(table, &key, value);
+        }
+    }
+}
+
+fn decoded<R: Row>(value: &[u8]) -> R {
+    R::decode(value).expect("rows were encoded by `put` or checked by `load`")
+}
+
+impl State {
+    /// The cluster's own row, once it was initialised.
+    pub fn cluster(&self) -> Option<rows::Cluster> {
+        self.row(&[])
+    }
+}
