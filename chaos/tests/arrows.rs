@@ -93,6 +93,23 @@ fn one_cryptography_library_is_compiled() {
     assert!(banned.is_empty(), "the build contains {banned:?}: see deny.toml for why it must not");
 }
 
+/// Cargo compiles a library once for each set of features that it or its own dependencies get, and the tests' own
+/// dependencies add some. Where this fails, the line that it names is to be pinned in `storage`'s build dependencies.
+#[test]
+fn demo_and_tests_compile_rocksdb_once() {
+    let below: BTreeSet<String> = tree(&["--package", "librocksdb-sys"]);
+    let with_features = |selection: &[&str], edges: &str| -> BTreeSet<String> {
+        let mut args = vec!["tree", "--edges", edges, "--prefix", "none", "--no-dedupe", "--format", "{p} [{f}]"];
+        args.extend(selection);
+        let lines = cargo(&args);
+        lines.lines().filter(|l| below.contains(l.split(' ').next().unwrap_or_default())).map(str::to_owned).collect()
+    };
+    let demo = with_features(&["--package", "selvedge"], "normal,build");
+    let tests = with_features(&["--workspace"], "normal,build,dev");
+    let twice: Vec<_> = demo.difference(&tests).collect();
+    assert!(twice.is_empty(), "the tests compile RocksDB again, because of {twice:?}");
+}
+
 struct Member {
     folder: PathBuf,
     /// Of every kind. Other members stand under their folder's name, the rest under their package's.
@@ -132,6 +149,8 @@ fn cargo(args: &[&str]) -> String {
     let output = Command::new(env!("CARGO"))
         .args(args)
         .args(["--offline", "--locked"])
+        // A developer's own setting would make `--package` mean the whole workspace.
+        .env_remove("CARGO_RESOLVER_FEATURE_UNIFICATION")
         .current_dir(env!("CARGO_MANIFEST_DIR"))
         .output()
         .expect("cargo is running this test");
@@ -146,9 +165,7 @@ fn lines_naming(folder: &Path, name: &str) -> Vec<String> {
         let source = std::fs::read_to_string(&file).expect("a source is readable");
         for (number, line) in source.lines().enumerate() {
             let code = line.split("//").next().unwrap_or_default();
-            let begins = |at: usize| {
-                !code[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == '"')
-            };
+            let begins = |at: usize| !code[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == '"');
             if code.match_indices(name).any(|(at, _)| begins(at)) {
                 found.push(format!("{}:{}: names `{name}`", file.display(), number + 1));
             }
