@@ -1,0 +1,199 @@
+use std::fmt;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+use std::sync::Arc;
+
+use rcgen::{CertificateParams, DistinguishedName, KeyPair};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use zeroize::Zeroizing;
+
+use super::{Error, provider};
+use crate::identity::{self, Peer};
+
+/// Bytes of the longest identity file that is read.
+const IDENTITY_FILE_BYTES_MAX: u64 = 256 * 1024;
+
+/// A certificate chain and the private key of its leaf: what one shows of oneself. Cheap to clone;
+/// prints its key as `***`.
+#[derive(Clone)]
+pub struct Identity {
+    chain: Arc<[CertificateDer<'static>]>,
+    key: Arc<Zeroizing<PrivateKeyDer<'static>>>,
+    resolver: Arc<SingleCertAndKey>,
+}
+
+impl Identity {
+    /// Takes a chain, leaf first, and the leaf's key.
+    ///
+    /// **Errors**: [`Error::Tls`] when the key is not the leaf's, [`Error::Pem`] when the chain is empty.
+    pub fn new(chain: Vec<CertificateDer<'static>>, key: PrivateKeyDer<'static>) -> Result<Self, Error> {
+        if chain.is_empty() {
+            return Err(Error::Pem("no certificate"));
+        }
+        let certified = CertifiedKey::from_der(chain.clone(), key.clone_key(), provider())?;
+        Ok(Identity {
+            chain: chain.into(),
+            key: Arc::new(Zeroizing::new(key)),
+            resolver: Arc::new(SingleCertAndKey::from(certified)),
+        })
+    }
+
+    /// Reads the certificates and the key of one PEM text, in any order, or of a chain and a key
+    /// put one after the other.
+    ///
+    /// **Errors**: [`Error::Pem`], [`Error::Tls`].
+    pub fn from_pem(pem: &str) -> Result<Self, Error> {
+        let chain = CertificateDer::pem_slice_iter(pem.as_bytes())
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|_| Error::Pem("a certificate cannot be read"))?;
+        let key = PrivateKeyDer::from_pem_slice(pem.as_bytes()).map_err(|_| Error::Pem("no private key"))?;
+        Identity::new(chain, key)
+    }
+
+    /// Reads what [`Identity::save`] wrote.
+    ///
+    /// **Errors**: [`Error::File`]; [`Error::Exposed`] when others may read it; as [`Identity::from_pem`].
+    pub fn load(path: &Path) -> Result<Self, Error> {
+        let file = File::open(path).map_err(|source| file_error(path, source))?;
+        let mode = file.metadata().map_err(|source| file_error(path, source))?.permissions().mode();
+        if mode & 0o077 != 0 {
+            return Err(Error::Exposed { path: path.display().to_string(), mode: mode & 0o7777 });
+        }
+        Identity::from_pem(&read_bounded(file, path)?)
+    }
+
+    /// Reads a chain and a key from an operator's own two files, whatever their modes.
+    ///
+    /// **Errors**: [`Error::File`]; as [`Identity::from_pem`].
+    pub fn load_files(chain: &Path, key: &Path) -> Result<Self, Error> {
+        let open = |path: &Path| File::open(path).map_err(|source| file_error(path, source));
+        let chain_pem = read_bounded(open(chain)?, chain)?;
+        let key_pem = read_bounded(open(key)?, key)?;
+        let chain = CertificateDer::pem_slice_iter(chain_pem.as_bytes())
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|_| Error::Pem("a certificate cannot be read"))?;
+        let key = PrivateKeyDer::from_pem_slice(key_pem.as_bytes()).map_err(|_| Error::Pem("no private key"))?;
+        Identity::new(chain, key)
+    }
+
+    /// Writes chain and key as one PEM file that only its owner may read.
+    ///
+    /// **Durability**: written beside `path`, synced, then renamed over it; either the old file or
+    /// the new one is there after a crash.
+    /// **Errors**: [`Error::File`].
+    pub fn save(&self, path: &Path) -> Result<(), Error> {
+        write_private(path, self.to_pem().as_bytes()).map_err(|source| file_error(path, source))
+    }
+
+    /// Chain, leaf first, then the key, as PEM.
+    pub fn to_pem(&self) -> Zeroizing<String> {
+        let tag = match &**self.key {
+            PrivateKeyDer::Pkcs1(_) => "RSA PRIVATE KEY",
+            PrivateKeyDer::Sec1(_) => "EC PRIVATE KEY",
+            _ => "PRIVATE KEY",
+        };
+        let config = pem::EncodeConfig::new().set_line_ending(pem::LineEnding::LF);
+        let mut text = Zeroizing::new(String::new());
+        for certificate in self.chain.iter() {
+            text.push_str(&identity::certificate_pem(certificate));
+        }
+        let key = Zeroizing::new(pem::encode_config(&pem::Pem::new(tag, self.key.secret_der()), config));
+        text.push_str(&key);
+        text
+    }
+
+    /// The certificates, leaf first.
+    pub fn chain(&self) -> &[CertificateDer<'static>] {
+        &self.chain
+    }
+
+    /// Who this identity says it is, read from its leaf.
+    ///
+    /// **Errors**: when the leaf has no SPIFFE id, as the web listener's has none.
+    pub fn peer(&self) -> Result<Peer, identity::Error> {
+        // `new` refuses an empty chain.
+        let leaf = self.chain.first().ok_or(identity::Error::NoCertificate)?;
+        Peer::of_verified_leaf(leaf)
+    }
+
+    /// Beginning and end of the leaf in milliseconds of Unix time, by which renewal is planned.
+    ///
+    /// **Errors**: [`identity::Error::Malformed`].
+    pub fn validity_ms(&self) -> Result<(u64, u64), identity::Error> {
+        let leaf = self.chain.first().ok_or(identity::Error::NoCertificate)?;
+        identity::leaf_validity_ms(leaf)
+    }
+
+    pub(super) fn resolver(&self) -> Arc<SingleCertAndKey> {
+        self.resolver.clone()
+    }
+}
+
+impl fmt::Debug for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Identity").field("certificates", &self.chain.len()).field("key", &"***").finish()
+    }
+}
+
+/// Makes a new P-256 key and a request to certify it. The key never leaves the machine; the request
+/// names nothing, because the issuer says who it is for.
+///
+/// **Shape**: the key as PKCS #8 PEM, the request in DER.
+/// **Errors**: [`Error::Request`].
+pub fn new_key_and_csr() -> Result<(Zeroizing<String>, Vec<u8>), Error> {
+    let key = KeyPair::generate()?;
+    let request = request(&key)?;
+    Ok((Zeroizing::new(key.serialize_pem()), request))
+}
+
+/// Makes the request for a key that is there already, as a retry of the same enrolment does.
+///
+/// **Errors**: [`Error::Request`].
+pub fn csr(key_pem: &str) -> Result<Vec<u8>, Error> {
+    request(&KeyPair::from_pem(key_pem)?)
+}
+
+fn request(key: &KeyPair) -> Result<Vec<u8>, Error> {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    Ok(params.serialize_request(key)?.der().to_vec())
+}
+
+fn read_bounded(file: File, path: &Path) -> Result<Zeroizing<String>, Error> {
+    let mut text = Zeroizing::new(String::new());
+    let read =
+        file.take(IDENTITY_FILE_BYTES_MAX + 1).read_to_string(&mut text).map_err(|source| file_error(path, source))?;
+    if read as u64 > IDENTITY_FILE_BYTES_MAX {
+        return Err(Error::Pem("the file is larger than 256 KiB"));
+    }
+    Ok(text)
+}
+
+fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let mut beside = name.to_owned();
+    beside.push(".new");
+    let beside = directory.join(beside);
+    // A leftover of a crash may have another mode or be a link.
+    match fs::remove_file(&beside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&beside, path)?;
+    File::open(directory)?.sync_all()
+}
+
+fn file_error(path: &Path, source: io::Error) -> Error {
+    Error::File { path: path.display().to_string(), source }
+}
