@@ -10,6 +10,7 @@ if [[ -n ${SELVEDGE_TARGET_DIR:-} ]]; then
 fi
 target="${CARGO_TARGET_DIR:-$root/target}"
 [[ $target == /* ]] || target="$root/$target"
+# shellcheck disable=SC2034 # read by the scripts that source this one
 tools="$target/tools"
 
 # rustup puts its programs here and tells only new shells.
