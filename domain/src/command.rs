@@ -242,6 +242,8 @@ pub struct InitCluster {
     pub anchors: Vec<u8>,
     /// SHA-256 of the first owner's token.
     pub owner_sha256: [u8; 32],
+    /// Random; knock keys are derived from it.
+    pub knock_secret: [u8; 32],
     /// Freshness lease, milliseconds.
     pub lease_ms: u64,
     /// Hold, milliseconds.

@@ -68,6 +68,9 @@ pub struct Cluster {
     /// Raised by each change of the policy set (segments, groups, policies, zones).
     #[prost(uint64, tag = "7")]
     pub policy_revision: u64,
+    /// Each day's knock key is derived from it; a filter in front of the handshake, not an identity.
+    #[prost(bytes = "vec", tag = "8")]
+    pub knock_secret: Vec<u8>,
 }
 
 impl Row for Cluster {

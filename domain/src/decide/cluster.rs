@@ -24,6 +24,7 @@ pub(super) fn init(draft: &mut Draft, init: &InitCluster) -> Result<(), Rejected
         lease_ms: init.lease_ms,
         hold_ms: init.hold_ms,
         policy_revision: 1,
+        knock_secret: init.knock_secret.to_vec(),
     }));
     let id = draft.next_id();
     draft.emit(Event::TokenPut(Token {

@@ -1,0 +1,9 @@
+//! The edge: authenticates both ends, asks the policy, picks the path, stitches the two connections.
+//!
+//! A broker decides from its own copy of the log and writes every decision to its audit journal. It does not know
+//! what the bytes of a session mean: they are encrypted between client and connector.
+#![warn(missing_docs)]
+
+pub mod audit;
+pub mod issuer;
+pub mod relay;
