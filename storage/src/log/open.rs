@@ -1,0 +1,123 @@
+//! What a start does with the log that it finds.
+
+use std::ops::ControlFlow;
+
+use super::{Bounds, LogId, Vote, codec};
+use crate::{
+    Error,
+    engine::{END, Engine, Space, WriteBatch},
+};
+
+pub(super) const VOTE: &[u8] = b"vote";
+pub(super) const COMMITTED: &[u8] = b"committed";
+pub(super) const PURGED: &[u8] = b"purged";
+pub(super) const SUSPECT: &[u8] = b"suspect";
+
+/// What a log holds beside its records.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    /// The first index that the log holds, or would hold.
+    pub(super) begin: u64,
+    pub(super) bounds: Bounds,
+    pub(super) vote: Option<Vote>,
+    pub(super) committed: Option<LogId>,
+    pub(super) suspect: Option<u64>,
+}
+
+pub(super) fn recover(engine: &dyn Engine) -> Result<Found, Error> {
+    let mut found = Found {
+        begin: 0,
+        bounds: Bounds::default(),
+        vote: meta(engine, VOTE, "vote")?,
+        committed: meta(engine, COMMITTED, "committed")?,
+        suspect: meta(engine, SUSPECT, "suspect")?,
+    };
+    found.bounds.last_purged = meta(engine, PURGED, "purged")?;
+    let scan = Scan::run(engine, found.bounds.last_purged)?;
+    found.bounds.last = scan.last;
+    found.begin = found.bounds.last_purged.map(|id| id.index + 1).or(scan.first).unwrap_or(0);
+    if let Some(bad) = scan.bad {
+        let end = found.suspect.map_or(bad.last, |end| end.max(bad.last));
+        tracing::warn!(index = bad.first, why = bad.why, "dropped the damaged end of the log");
+        let mut batch = WriteBatch::new();
+        batch.delete_range(Space::Log, codec::key(bad.first), END);
+        batch.put(Space::LogMeta, SUSPECT, codec::encode_meta(end));
+        engine.write(batch, true)?;
+        found.suspect = Some(end);
+    }
+    Ok(found)
+}
+
+fn meta<T: bincode::Decode<()>>(engine: &dyn Engine, key: &[u8], what: &'static str) -> Result<Option<T>, Error> {
+    let Some(bytes) = engine.read(Space::LogMeta, key)? else { return Ok(None) };
+    codec::decode_meta(&bytes).map(Some).map_err(|why| Error::MetaDamaged { what, why })
+}
+
+/// One pass over all records.
+struct Scan {
+    first: Option<u64>,
+    last: Option<LogId>,
+    bad: Option<Bad>,
+    refused: Option<Error>,
+}
+
+/// Records that cannot be read.
+struct Bad {
+    first: u64,
+    last: u64,
+    why: String,
+}
+
+impl Scan {
+    fn run(engine: &dyn Engine, purged: Option<LogId>) -> Result<Scan, Error> {
+        let mut scan = Scan { first: None, last: purged, bad: None, refused: None };
+        let from = purged.map_or(0, |id| id.index + 1);
+        let walked = engine.iterate(Space::Log, &codec::key(from), None, &mut |key, value| scan.visit(key, value));
+        if let Some(refused) = scan.refused.take() {
+            return Err(refused);
+        }
+        // The engine's own checksums failed: what is behind cannot be told, so nothing is dropped.
+        walked.map_err(|error| match error {
+            Error::Engine { source, .. } => Error::LogDamaged { index: scan.next(), why: source.to_string() },
+            other => other,
+        })?;
+        Ok(scan)
+    }
+
+    fn next(&self) -> u64 {
+        self.last.map_or(0, |id| id.index + 1)
+    }
+
+    fn visit(&mut self, key: &[u8], value: &[u8]) -> ControlFlow<()> {
+        let Some(index) = codec::index(key) else {
+            return self.refuse(self.next(), format!("a key of {} bytes stands in its place", key.len()));
+        };
+        match codec::decode(index, value) {
+            Err(why) => {
+                let bad = self.bad.get_or_insert(Bad { first: index, last: index, why });
+                bad.last = index;
+                ControlFlow::Continue(())
+            }
+            Ok(_) if self.bad.is_some() => {
+                let bad = self.bad.take().map_or((index, String::new()), |bad| (bad.first, bad.why));
+                self.refuse(bad.0, format!("{}, and record {index} behind it is readable", bad.1))
+            }
+            Ok(_) if self.last.is_some() && index != self.next() => {
+                self.refuse(self.next(), format!("it is missing, and record {index} behind it is readable"))
+            }
+            Ok(record) if self.last.is_some_and(|last| record.id.term < last.term) => {
+                self.refuse(index, format!("its term {} is older than that of the record before it", record.id.term))
+            }
+            Ok(record) => {
+                self.first.get_or_insert(index);
+                self.last = Some(record.id);
+                ControlFlow::Continue(())
+            }
+        }
+    }
+
+    fn refuse(&mut self, index: u64, why: String) -> ControlFlow<()> {
+        self.refused = Some(Error::LogDamaged { index, why });
+        ControlFlow::Break(())
+    }
+}

@@ -1,0 +1,41 @@
+//! Names of the metrics of this crate, with their units last.
+
+use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
+
+/// How long one synced write of the log took.
+pub const LOG_SYNC_SECONDS: &str = "selvedge_log_sync_seconds";
+/// Requests waiting for the log's thread.
+pub const LOG_QUEUE_REQUESTS: &str = "selvedge_log_queue_requests";
+/// Requests that shared one write of the log.
+pub const LOG_BATCH_REQUESTS: &str = "selvedge_log_batch_requests";
+/// Bytes of one write of the log.
+pub const LOG_BATCH_BYTES: &str = "selvedge_log_batch_bytes";
+/// How often an append waited because the log's queue was full.
+pub const LOG_QUEUE_FULL_TOTAL: &str = "selvedge_log_queue_full_total";
+/// How long one write of the state took.
+pub const STATE_WRITE_SECONDS: &str = "selvedge_state_write_seconds";
+/// How long one sync of the audit journal took.
+pub const AUDIT_SYNC_SECONDS: &str = "selvedge_audit_sync_seconds";
+/// Records that shared one sync of the audit journal.
+pub const AUDIT_BATCH_RECORDS: &str = "selvedge_audit_batch_records";
+/// Bytes that wait for the audit journal's thread.
+pub const AUDIT_QUEUE_BYTES: &str = "selvedge_audit_queue_bytes";
+/// Bytes of all audit segments on this disk.
+pub const AUDIT_DISK_BYTES: &str = "selvedge_audit_disk_bytes";
+/// Records that the audit journal refused or lost before they were durable; each was reported to its caller.
+pub const AUDIT_REFUSED_TOTAL: &str = "selvedge_audit_refused_total";
+
+/// Describes the metrics to the installed recorder.
+pub fn describe() {
+    describe_histogram!(LOG_SYNC_SECONDS, Unit::Seconds, "time of one synced write of the log");
+    describe_gauge!(LOG_QUEUE_REQUESTS, "requests waiting for the log's thread");
+    describe_histogram!(LOG_BATCH_REQUESTS, "requests that shared one write of the log");
+    describe_histogram!(LOG_BATCH_BYTES, Unit::Bytes, "bytes of one write of the log");
+    describe_counter!(LOG_QUEUE_FULL_TOTAL, "appends that waited because the log's queue was full");
+    describe_histogram!(STATE_WRITE_SECONDS, Unit::Seconds, "time of one write of the state");
+    describe_histogram!(AUDIT_SYNC_SECONDS, Unit::Seconds, "time of one sync of the audit journal");
+    describe_histogram!(AUDIT_BATCH_RECORDS, "records that shared one sync of the audit journal");
+    describe_gauge!(AUDIT_QUEUE_BYTES, Unit::Bytes, "bytes that wait for the audit journal's thread");
+    describe_gauge!(AUDIT_DISK_BYTES, Unit::Bytes, "bytes of all audit segments on this disk");
+    describe_counter!(AUDIT_REFUSED_TOTAL, "audit records refused or lost before they were durable");
+}
