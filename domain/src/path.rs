@@ -266,7 +266,8 @@ pub fn choose(question: &Question) -> Choice {
             .then(a.pair.cmp(&b.pair))
     });
     let able = |c: &&Candidate| !is_out(&c.fate);
-    let here: Vec<Candidate> = candidates.iter().filter(able).filter(|c| c.pair.broker == question.at).cloned().collect();
+    let here: Vec<Candidate> =
+        candidates.iter().filter(able).filter(|c| c.pair.broker == question.at).cloned().collect();
     let chosen = draw(&here, question.seed);
     let rest: Vec<Candidate> = here.iter().filter(|c| Some(c.pair) != chosen).cloned().collect();
     let second = draw(&rest, question.seed.rotate_left(17));
@@ -291,8 +292,7 @@ pub fn choose(question: &Question) -> Choice {
             _ => Fate::Costlier { by_ms: over_ms },
         };
     }
-    let pair_of = |pair: Option<Pair>| candidates.iter().find(|c| Some(c.pair) == pair).map(|c| c.pair);
-    Choice { chosen: pair_of(chosen), second: pair_of(second), better_broker, candidates }
+    Choice { chosen, second, better_broker, candidates }
 }
 
 /// Every pair with its cost; those that can be chosen have the fate `NearTie` for now.
@@ -347,12 +347,13 @@ impl GroupLeast {
             .find(|link| link.broker == broker.node && link.heard_age_ms <= HEARD_AGE_MS_MAX)
             .and_then(|link| link.rtt_ms)
             .and_then(sane_rtt_ms);
-        let client_broker_ms =
-            measured_to_client.unwrap_or_else(|| estimated_rtt_ms(question.client.or(place_of(question)), broker.place));
+        let client_broker_ms = measured_to_client
+            .unwrap_or_else(|| estimated_rtt_ms(question.client.or(place_of(question)), broker.place));
         let broker_connector_ms =
             measured_to_connector.unwrap_or_else(|| estimated_rtt_ms(broker.place, connector.place));
         let connector_app_ms = app_rtt_ms(connector);
-        let (least_app, least_load) = self.0.get(&connector.group).copied().unwrap_or((connector_app_ms, load_ms(connector)));
+        let (least_app, least_load) =
+            self.0.get(&connector.group).copied().unwrap_or((connector_app_ms, load_ms(connector)));
         let app_over_group_ms = (connector_app_ms - least_app).max(0.0);
         let load_over_group_ms = (load_ms(connector) - least_load).max(0.0);
         Cost {
@@ -497,7 +498,8 @@ mod tests {
 
     #[test]
     fn draining_and_stale_brokers_are_never_chosen_nor_recommended() {
-        let mut brokers = vec![broker(1, FRANKFURT, Some(100.0)), broker(2, VIRGINIA, Some(1.0)), broker(3, TOKYO, Some(1.0))];
+        let mut brokers =
+            vec![broker(1, FRANKFURT, Some(100.0)), broker(2, VIRGINIA, Some(1.0)), broker(3, TOKYO, Some(1.0))];
         brokers[1].draining = true;
         brokers[2].fresh = false;
         let mut q = question(brokers, vec![connector(1, 1, FRANKFURT, &[(1, 1.0), (2, 1.0), (3, 1.0)])]);

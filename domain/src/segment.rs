@@ -32,7 +32,9 @@ pub struct Endpoint {
 impl std::fmt::Display for Endpoint {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match &self.host {
-            Host::Address(IpAddr::V6(address)) => write!(f, "{}/[{address}]:{}", transport_name(self.transport), self.port),
+            Host::Address(IpAddr::V6(address)) => {
+                write!(f, "{}/[{address}]:{}", transport_name(self.transport), self.port)
+            }
             host => write!(f, "{}/{host}:{}", transport_name(self.transport), self.port),
         }
     }
@@ -351,7 +353,8 @@ mod tests {
     use super::*;
 
     fn segment(seq: u64, targets: &[&str], ports: &[u32], inclusive: bool) -> rows::Segment {
-        let (networks, hosts): (Vec<&str>, Vec<&str>) = targets.iter().copied().partition(|t| parse_network(t).is_some());
+        let (networks, hosts): (Vec<&str>, Vec<&str>) =
+            targets.iter().copied().partition(|t| parse_network(t).is_some());
         rows::Segment {
             id: Some(Id::new(1, seq)),
             name: format!("s{seq}"),
@@ -416,7 +419,8 @@ mod tests {
 
     #[test]
     fn a_name_matches_only_names_and_an_address_only_addresses() {
-        let index = index(&[segment(1, &["0.0.0.0/0", "::/0"], &[80], EXCLUSIVE), segment(2, &["*.corp"], &[80], EXCLUSIVE)]);
+        let index =
+            index(&[segment(1, &["0.0.0.0/0", "::/0"], &[80], EXCLUSIVE), segment(2, &["*.corp"], &[80], EXCLUSIVE)]);
         assert_eq!(names(&index, "a.corp", 80), ["s2"]);
         assert!(names(&index, "a.other", 80).is_empty());
         assert_eq!(names(&index, "1.2.3.4", 80), ["s1"]);
@@ -489,7 +493,13 @@ mod tests {
     fn zones_hold_their_domain_and_what_lies_below() {
         let mut index = SegmentIndex::default();
         index.zones.insert("corp.example".into());
-        for (host, inside) in [("corp.example", true), ("a.b.corp.example", true), ("example", false), ("xcorp.example", false), ("10.0.0.1", false)] {
+        for (host, inside) in [
+            ("corp.example", true),
+            ("a.b.corp.example", true),
+            ("example", false),
+            ("xcorp.example", false),
+            ("10.0.0.1", false),
+        ] {
             assert_eq!(index.in_zone(&Host::parse(host).unwrap()), inside, "{host}");
         }
     }
@@ -515,7 +525,8 @@ mod tests {
                     .max(),
             }
         };
-        let has_port = |segment: &rows::Segment| segment.ports.iter().any(|range| range.first == u32::from(endpoint.port));
+        let has_port =
+            |segment: &rows::Segment| segment.ports.iter().any(|range| range.first == u32::from(endpoint.port));
         let mut levels: BTreeMap<usize, Vec<&rows::Segment>> = BTreeMap::new();
         for segment in segments {
             if let Some(specificity) = specificity(segment) {
@@ -538,7 +549,17 @@ mod tests {
     }
 
     const TARGETS: [&str; 12] = [
-        "a", "b.a", "c.b.a", "d.c.b.a", "*.a", "*.b.a", "*.c.b.a", "10.0.0.0/8", "10.1.0.0/16", "10.1.1.0/24", "10.1.1.1/32",
+        "a",
+        "b.a",
+        "c.b.a",
+        "d.c.b.a",
+        "*.a",
+        "*.b.a",
+        "*.c.b.a",
+        "10.0.0.0/8",
+        "10.1.0.0/16",
+        "10.1.1.0/24",
+        "10.1.1.1/32",
         "0.0.0.0/0",
     ];
     const HOSTS: [&str; 9] = ["a", "b.a", "c.b.a", "d.c.b.a", "e.d.c.b.a", "x.a", "10.1.1.1", "10.1.1.2", "10.1.2.1"];
