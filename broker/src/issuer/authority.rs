@@ -3,7 +3,7 @@ use std::time::Duration;
 use aws_lc_rs::rand;
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber, date_time_ymd,
+    Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber, SigningKey as _, date_time_ymd,
 };
 use rustls::pki_types::CertificateDer;
 use selvedge_proto::identity::Role;
@@ -14,6 +14,7 @@ const ROOT_LIFETIME_MS: u64 = 20 * 365 * DAY_MS;
 const INTERMEDIATE_LIFETIME_MS: u64 = 10 * 365 * DAY_MS;
 // The last second that X.509 can write: 9999-12-31T23:59:59Z.
 const LAST_SECOND: u64 = 253_402_300_799;
+const DER_SEQUENCE: u8 = 0x30;
 
 /// One intermediate and its key.
 pub(super) struct Authority {
@@ -31,6 +32,15 @@ pub(super) struct Leaf {
 impl Authority {
     pub(super) fn new(certificate: CertificateDer<'static>, key: KeyPair) -> Result<Self, Error> {
         Ok(Authority { issuer: Issuer::from_ca_cert_der(&certificate, key)? })
+    }
+
+    /// ECDSA P-256 with SHA-256 (DER) over bytes that are no certificate.
+    pub(super) fn sign_bytes(&self, bytes: &[u8]) -> Result<Vec<u8>, Error> {
+        // What is signed into a certificate begins with a DER sequence; nothing else may be mistaken for one.
+        if bytes.first() == Some(&DER_SEQUENCE) {
+            return Err(Error::Request("bytes that could be a certificate are not signed"));
+        }
+        Ok(self.issuer.key().sign(bytes)?)
     }
 
     pub(super) fn sign(

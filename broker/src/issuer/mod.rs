@@ -261,6 +261,20 @@ impl Issuer {
         Ok(tls::Identity::new(chain, key)?)
     }
 
+    /// Signs a login grant (`selvedge_proto::grant::sign`) with the clients' intermediate.
+    ///
+    /// **Shape** ECDSA P-256 with SHA-256, DER.
+    pub fn sign_grant(&self, bytes: &[u8]) -> Result<Vec<u8>, Error> {
+        self.clients.sign_bytes(bytes)
+    }
+
+    /// Signs a list of brokers with the brokers' intermediate; answers signature and the signer's certificate (DER).
+    ///
+    /// **Shape** ECDSA P-256 with SHA-256, DER.
+    pub fn sign_list(&self, bytes: &[u8]) -> Result<(Vec<u8>, Vec<u8>), Error> {
+        Ok((self.brokers.sign_bytes(bytes)?, self.anchors.certificate(Role::Brokers).to_vec()))
+    }
+
     fn certify(&self, kind: Kind, id: &str, hosts: Vec<SanType>, csr_der: &[u8], now_ms: u64) -> Result<Issued, Error> {
         if kind == Kind::Issuer {
             return Err(Error::KindNotIssued(kind));

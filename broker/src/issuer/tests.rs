@@ -291,3 +291,24 @@ fn exchange(
     }
     (client_error.map_or(Ok(client), Err), server_error.map_or(Ok(server), Err))
 }
+
+#[test]
+fn a_grant_is_the_clients_intermediates_and_certificates_cannot_be_signed_as_grants() {
+    let house = house();
+    let grant = selvedge_proto::control::LoginGrant {
+        version: selvedge_proto::grant::GRANT_VERSION,
+        user: "1-7".to_owned(),
+        expires_ms: NOW_MS + 1,
+        ..Default::default()
+    };
+    let signed = selvedge_proto::grant::sign(&grant, |bytes| house.issuer.sign_grant(bytes)).unwrap();
+    let anchor = |role| house.issuer.anchors().certificate(role);
+    assert_eq!(selvedge_proto::grant::verify(&signed, anchor(Role::Clients), NOW_MS), Ok(grant));
+    assert_eq!(
+        selvedge_proto::grant::verify(&signed, anchor(Role::Brokers), NOW_MS),
+        Err(selvedge_proto::grant::Error::Signature)
+    );
+    assert!(house.issuer.sign_grant(&[0x30, 0x82, 0, 0]).is_err());
+    let (_, signer) = house.issuer.sign_list(&[10, 0]).unwrap();
+    assert_eq!(signer, anchor(Role::Brokers).to_vec());
+}
