@@ -172,11 +172,9 @@ fn segment_row(state: &State, segment: &spec::Segment) -> Result<rows::Segment, 
     }
     let mut networks = Vec::new();
     for network in &segment.networks {
-        let parsed: Option<ipnet::IpNet> =
-            network.parse().ok().or_else(|| network.parse::<std::net::IpAddr>().ok().map(ipnet::IpNet::from));
-        let parsed = parsed.filter(|net| net.prefix_len() > 0);
+        let parsed = crate::segment::parse_network(network).filter(|net| net.prefix_len() > 0);
         let parsed = parsed.ok_or_else(|| wrong(format!("`{network}` is not a network in CIDR form, longer than /0")))?;
-        networks.push(parsed.trunc().to_string());
+        networks.push(parsed.to_string());
     }
     let mut ports = Vec::new();
     for (transport, list) in [(Transport::Tcp, &segment.tcp), (Transport::Udp, &segment.udp)] {

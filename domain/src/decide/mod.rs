@@ -10,6 +10,8 @@ mod cluster;
 mod enrol;
 mod group;
 mod remember;
+#[cfg(test)]
+mod tests;
 mod user;
 
 use prost::Message as _;

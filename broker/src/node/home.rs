@@ -1,0 +1,265 @@
+use std::path::{Path, PathBuf};
+
+use selvedge_domain::command::InitCluster;
+use selvedge_domain::limits::{HOLD_MS_DEFAULT, LEASE_MS_DEFAULT};
+use selvedge_proto::identity::{Anchors, Kind, SpiffeId};
+use selvedge_proto::tls::{self, Identity};
+use selvedge_storage::DataDir;
+use serde::{Deserialize, Serialize};
+
+use crate::config::{Config, Valid};
+use crate::issuer::Issuer;
+
+use super::Error;
+
+/// What a broker knows of its cluster before it has read a log.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Home {
+    version: u32,
+    /// Trust anchors, with cluster id and trust domain.
+    pub anchors: Anchors,
+    /// Node id and peer address of brokers that were there when this one joined.
+    pub seeds: Vec<Seed>,
+    /// This broker makes the cluster when it first starts.
+    pub first: Option<First>,
+}
+
+/// Where another broker is.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct Seed {
+    /// Node id, decimal.
+    #[serde(with = "decimal")]
+    pub node: u64,
+    /// `host:port` of its peer listener.
+    pub peer: String,
+}
+
+/// What the first command of the cluster says, and the certificate that was made before there was a log.
+#[derive(Serialize, Deserialize)]
+pub(super) struct First {
+    lease_ms: u64,
+    hold_ms: u64,
+    pub certificate: FirstCertificate,
+}
+
+#[derive(Clone, Serialize, Deserialize)]
+pub(super) struct FirstCertificate {
+    pub serial: String,
+    pub subject: String,
+    pub key_sha256: [u8; 32],
+    pub not_after_ms: u64,
+}
+
+impl First {
+    /// The first command.
+    pub fn command(&self, anchors: &Anchors, owner_token: &str) -> InitCluster {
+        InitCluster {
+            cluster_id: anchors.cluster_id(),
+            trust_domain: anchors.trust_domain().to_owned(),
+            anchors: anchors.to_json().into_bytes(),
+            owner_sha256: selvedge_proto::identity::sha256(owner_token.as_bytes()),
+            knock_secret: random_bytes(),
+            lease_ms: self.lease_ms,
+            hold_ms: self.hold_ms,
+        }
+    }
+}
+
+const VERSION: u32 = 1;
+
+impl Home {
+    pub fn load(config: &Config) -> Result<Self, Error> {
+        let path = path(config);
+        let text = std::fs::read_to_string(&path).map_err(|source| {
+            if source.kind() == std::io::ErrorKind::NotFound { Error::NotMember } else { Error::file(&path, source) }
+        })?;
+        let home: Self = serde_json::from_str(&text).map_err(|error| Error::Damaged(path.clone(), error.to_string()))?;
+        if home.version == VERSION { Ok(home) } else { Err(Error::Damaged(path, format!("version {}", home.version))) }
+    }
+
+    pub fn store(&self, config: &Config) -> Result<(), Error> {
+        let path = path(config);
+        let text = serde_json::to_string_pretty(self).map_err(|error| Error::Damaged(path.clone(), error.to_string()))?;
+        let new = path.with_extension("new");
+        write_synced(&new, text.as_bytes())?;
+        std::fs::rename(&new, &path).map_err(|source| Error::file(&path, source))
+    }
+}
+
+/// How a cluster is made.
+#[derive(Clone, Debug)]
+pub struct InitOptions {
+    /// Trust domain of every id; never changes.
+    pub trust_domain: String,
+    /// Freshness lease, milliseconds.
+    pub lease_ms: u64,
+    /// Hold, milliseconds.
+    pub hold_ms: u64,
+}
+
+impl InitOptions {
+    /// The defaults of a new cluster.
+    pub fn new(trust_domain: impl Into<String>) -> Self {
+        Self { trust_domain: trust_domain.into(), lease_ms: LEASE_MS_DEFAULT, hold_ms: HOLD_MS_DEFAULT }
+    }
+}
+
+/// What making a cluster leaves in the operator's hands.
+pub struct Initialised {
+    /// The root's key: to be kept away from the machines.
+    pub root_key: crate::issuer::RootKeyPem,
+    /// What clients pin, hexadecimal.
+    pub pin: String,
+    /// Cluster id, hexadecimal.
+    pub cluster_id: String,
+}
+
+/// Makes data directory, issuer and this broker's identity. The cluster begins when the broker first starts.
+///
+/// **Errors** when the directory has been used before: nothing in it is changed.
+pub fn init(config: &Valid, options: &InitOptions) -> Result<Initialised, Error> {
+    if path(config).exists() {
+        return Err(Error::AlreadyMember);
+    }
+    let dir = DataDir::open(&config.data_dir)?;
+    make_node_dir(config)?;
+    let cluster_id: [u8; 16] = random_bytes();
+    let now_ms = (tls::system_time())();
+    let (issuer, root_key) =
+        Issuer::create(&config.issuer_dir(), &config.issuer_seal(), &options.trust_domain, cluster_id, now_ms)?;
+    dir.join_cluster(u128::from_be_bytes(cluster_id))?;
+    let (key, csr) = tls::new_key_and_csr()?;
+    let issued = issuer.issue_broker(&dir.node_id().to_string(), std::slice::from_ref(&config.host), &csr, now_ms)?;
+    Identity::from_pem(&format!("{}{}", issued.chain_pem, *key))?.save(&identity_path(config))?;
+    let home = Home {
+        version: VERSION,
+        anchors: issuer.anchors().clone(),
+        seeds: Vec::new(),
+        first: Some(First {
+            lease_ms: options.lease_ms,
+            hold_ms: options.hold_ms,
+            certificate: FirstCertificate {
+                serial: issued.serial,
+                subject: issued.id.to_string(),
+                key_sha256: issued.spki_sha256,
+                not_after_ms: issued.not_after_ms,
+            },
+        }),
+    };
+    home.store(config)?;
+    Ok(Initialised { root_key, pin: issuer.anchors().pin().to_string(), cluster_id: hex::encode(cluster_id) })
+}
+
+/// What a broker that joins asks for.
+pub struct JoinRequest {
+    /// Its node id.
+    pub node: u64,
+    /// Certificate signing request, DER. The key stays here.
+    pub csr: Vec<u8>,
+    key: zeroize::Zeroizing<String>,
+}
+
+/// What it is answered.
+pub struct JoinReply {
+    /// Its certificate chain, PEM.
+    pub chain_pem: String,
+    /// Trust anchors.
+    pub anchors: Anchors,
+    /// The issuer's keys, sealed under the join token; none when this broker is not to be an issuer.
+    pub issuer_sealed: Option<Vec<u8>>,
+    /// Brokers to join.
+    pub seeds: Vec<Seed>,
+}
+
+/// The key under which the issuer travels to a broker that joins with this token.
+pub fn join_seal_key(token: &str) -> [u8; 32] {
+    selvedge_proto::identity::sha256(&[b"selvedge issuer seal".as_slice(), token.as_bytes()].concat())
+}
+
+/// Begins joining: makes the data directory and a key. A second try sends the same key.
+pub fn join_request(config: &Valid) -> Result<JoinRequest, Error> {
+    if path(config).exists() {
+        return Err(Error::AlreadyMember);
+    }
+    let dir = DataDir::open(&config.data_dir)?;
+    make_node_dir(config)?;
+    let key_path = config.node_dir().join("joining.key");
+    let key = match std::fs::read_to_string(&key_path) {
+        Ok(key) => zeroize::Zeroizing::new(key),
+        Err(_) => {
+            let (key, _) = tls::new_key_and_csr()?;
+            write_synced(&key_path, key.as_bytes())?;
+            key
+        }
+    };
+    Ok(JoinRequest { node: dir.node_id(), csr: tls::csr(&key)?, key })
+}
+
+/// Ends joining: keeps identity, anchors, and the issuer's keys under this broker's own seal.
+pub fn join_complete(config: &Valid, request: &JoinRequest, reply: &JoinReply, token: &str) -> Result<(), Error> {
+    let identity = Identity::from_pem(&format!("{}{}", reply.chain_pem, *request.key))?;
+    let id = SpiffeId::new(reply.anchors.trust_domain(), Kind::Broker, &request.node.to_string())?;
+    if identity.peer()?.id != id {
+        return Err(Error::OtherIdentity(identity.peer()?.id.to_string()));
+    }
+    let dir = DataDir::open(&config.data_dir)?;
+    dir.join_cluster(u128::from_be_bytes(reply.anchors.cluster_id()))?;
+    if let Some(sealed) = &reply.issuer_sealed {
+        match Issuer::from_sealed(sealed, &join_seal_key(token), &config.issuer_dir(), &config.issuer_seal()) {
+            Ok(_) | Err(crate::issuer::Error::Exists(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    identity.save(&identity_path(config))?;
+    let home = Home { version: VERSION, anchors: reply.anchors.clone(), seeds: reply.seeds.clone(), first: None };
+    home.store(config)?;
+    let key_path = config.node_dir().join("joining.key");
+    std::fs::remove_file(&key_path).map_err(|source| Error::file(&key_path, source))
+}
+
+pub(super) fn identity_path(config: &Config) -> PathBuf {
+    config.node_dir().join("identity.pem")
+}
+
+fn path(config: &Config) -> PathBuf {
+    config.node_dir().join("cluster.json")
+}
+
+fn make_node_dir(config: &Config) -> Result<(), Error> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    let dir = config.node_dir();
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(|source| Error::file(&dir, source))
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    use std::io::Write as _;
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let write = || {
+        let mut file =
+            std::fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(path)?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    write().map_err(|source| Error::file(path, source))
+}
+
+/// Random bytes from the cryptographic provider.
+pub(super) fn random_bytes<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    aws_lc_rs::rand::fill(&mut bytes).expect("the provider's generator does not fail once it is seeded");
+    bytes
+}
+
+/// Node ids as decimal strings: JSON numbers lose digits.
+mod decimal {
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(number: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(number)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
