@@ -9,20 +9,29 @@ pub mod hello;
 pub mod identity;
 pub mod tls;
 
-/// Generated from `control.proto`: control streams of clients and connectors.
-#[allow(missing_docs, clippy::all, clippy::pedantic)]
-pub mod control {
-    tonic::include_proto!("selvedge.control.v1");
-}
+pub use generated::selvedge::control::v1 as control;
+pub use generated::selvedge::peer::v1 as peer;
+pub use generated::selvedge::relay::v1 as relay;
 
-/// Generated from `peer.proto`: between brokers, and the shapes of what the cluster stores.
+/// Generated from `proto/*.proto`: `control` (streams of clients and connectors), `relay` (what a broker's edge needs
+/// of other brokers) and `peer` (Raft and its surroundings, and the shapes of what the cluster stores).
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
-pub mod peer {
-    tonic::include_proto!("selvedge.peer.v1");
-}
-
-/// Generated from `relay.proto`: what a broker's edge needs of other brokers.
-#[allow(missing_docs, clippy::all, clippy::pedantic)]
-pub mod relay {
-    tonic::include_proto!("selvedge.relay.v1");
+mod generated {
+    pub mod selvedge {
+        pub mod control {
+            pub mod v1 {
+                tonic::include_proto!("selvedge.control.v1");
+            }
+        }
+        pub mod peer {
+            pub mod v1 {
+                tonic::include_proto!("selvedge.peer.v1");
+            }
+        }
+        pub mod relay {
+            pub mod v1 {
+                tonic::include_proto!("selvedge.relay.v1");
+            }
+        }
+    }
 }

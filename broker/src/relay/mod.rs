@@ -40,7 +40,8 @@ pub const RELAY_PIPES_MAX: usize = 256;
 const KEEPALIVE_TIME: Duration = Duration::from_secs(30);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_PROBES: u32 = 3;
-const USER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longer than lease and hold together: a peer that is alive and does not read must not be taken for dead meanwhile.
+const USER_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// Whether bytes may be forwarded now: the broker's freshness lease.
 #[async_trait]
@@ -222,7 +223,7 @@ impl Relay {
     }
 }
 
-/// Sets what every hop has: keepalive 30/10/3 s, `TCP_USER_TIMEOUT` 30 s, no delay.
+/// Sets what every hop has: keepalive 30/10/3 s, `TCP_USER_TIMEOUT` 180 s, no delay.
 pub fn tune(stream: &TcpStream) -> io::Result<()> {
     let keepalive =
         TcpKeepalive::new().with_time(KEEPALIVE_TIME).with_interval(KEEPALIVE_INTERVAL).with_retries(KEEPALIVE_PROBES);
