@@ -1,0 +1,190 @@
+//! Raft's state machine: decides the commands of committed entries over [`selvedge_domain::State`], writes what they
+//! change as one batch, publishes the new state, and only then answers.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures::{Stream, StreamExt as _};
+use openraft::OptionalSend;
+use openraft::storage::{EntryResponder, RaftStateMachine};
+use prost::Message as _;
+use selvedge_domain::state::Meta;
+use selvedge_domain::{Changes, Command, Outcome, RowChange, State};
+use selvedge_proto::peer as wire;
+use selvedge_storage::state::{self, StateStore};
+
+use crate::convert::{self, invalid};
+use crate::metrics::{APPLIED_INDEX, APPLY_SECONDS};
+use crate::published::{HashesAt, Published};
+use crate::raft_types::{Batch, Entry, LogId, Payload, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
+use crate::snapshot::{SnapshotData, Snapshots, blocking, decode_meta};
+
+/// Entries that are applied with one write.
+const APPLY_ENTRIES_MAX: usize = 64;
+
+/// The state machine. Owned by Raft.
+pub struct Machine {
+    store: Arc<StateStore>,
+    snapshots: Snapshots,
+    published: Arc<Published>,
+    state: State,
+    last_applied: Option<LogId>,
+    membership: StoredMembership,
+}
+
+impl Machine {
+    /// Loads the stored state and publishes it. Snapshots lie in `snapshot_dir`, which is emptied.
+    pub(crate) async fn open(
+        store: Arc<StateStore>,
+        snapshot_dir: PathBuf,
+        published: Arc<Published>,
+    ) -> io::Result<Self> {
+        let mut machine = Self {
+            snapshots: Snapshots::new(store.clone(), snapshot_dir)?,
+            store,
+            published,
+            state: State::default(),
+            last_applied: None,
+            membership: StoredMembership::default(),
+        };
+        machine.load().await?;
+        Ok(machine)
+    }
+
+    pub(crate) fn snapshots(&self) -> Snapshots {
+        self.snapshots.clone()
+    }
+
+    async fn load(&mut self) -> io::Result<()> {
+        let store = self.store.clone();
+        let (rows, meta) = blocking(move || {
+            let mut rows = Vec::new();
+            let meta = store
+                .load(|table, key, value| {
+                    rows.push(RowChange { table, key: key.to_vec(), value: Some(value.into()) });
+                })
+                .map_err(io::Error::other)?;
+            Ok((rows, meta))
+        })
+        .await?;
+        let meta = meta.map_or_else(|| Ok(wire::StateMeta::default()), |bytes| decode_meta(&bytes))?;
+        let domain = Meta::decode(&*meta.domain).map_err(|_| invalid("the stored meta of the state is none"))?;
+        self.state = State::load(domain, rows).map_err(io::Error::other)?;
+        self.last_applied = meta.last_applied.as_ref().map(convert::log_id_back);
+        self.membership = convert::stored_membership_back(meta.membership.as_ref())?;
+        let index = self.last_applied.as_ref().map(|id| id.index);
+        self.published.replace(Arc::new(self.state.clone()), index).await;
+        Ok(())
+    }
+
+    fn meta(&self) -> Vec<u8> {
+        wire::StateMeta {
+            last_applied: self.last_applied.as_ref().map(convert::log_id),
+            membership: Some(convert::stored_membership(&self.membership)),
+            domain: self.state.meta().encode_to_vec(),
+        }
+        .encode_to_vec()
+    }
+
+    fn decide(&mut self, entry: Entry, changes: &mut Changes) -> io::Result<Vec<Outcome>> {
+        let outcomes = match entry.payload {
+            Payload::Blank => Vec::new(),
+            Payload::Membership(membership) => {
+                self.membership = StoredMembership::new(Some(entry.log_id), membership);
+                Vec::new()
+            }
+            Payload::Normal(Batch(bytes)) => {
+                let batch = wire::Batch::decode(bytes).map_err(|_| invalid("an entry that is not a batch"))?;
+                let mut outcomes = Vec::with_capacity(batch.commands.len());
+                for command in batch.commands {
+                    // What this version does not know must not be passed over: the others may know it.
+                    let command = Command::decode(&command).map_err(io::Error::other)?;
+                    outcomes.push(self.state.apply(batch.time_ms, &command, changes));
+                }
+                outcomes
+            }
+        };
+        self.last_applied = Some(entry.log_id);
+        Ok(outcomes)
+    }
+
+    async fn apply_batch(&mut self, entries: Vec<Result<EntryResponder<TypeConfig>, io::Error>>) -> io::Result<()> {
+        let begun = Instant::now();
+        let mut changes = Changes::default();
+        let mut answers = Vec::with_capacity(entries.len());
+        let mut hashes = Vec::with_capacity(entries.len());
+        let mut last_index = 0;
+        for item in entries {
+            let (entry, responder) = item?;
+            last_index = entry.log_id.index;
+            let outcomes = self.decide(entry, &mut changes)?;
+            hashes.push(HashesAt {
+                index: last_index,
+                state: self.state.state_hash(),
+                journal: self.state.meta().journal_hash,
+            });
+            answers.extend(responder.map(|responder| (responder, outcomes)));
+        }
+        let rows: Vec<_> = changes
+            .rows
+            .into_iter()
+            .map(|row| state::RowChange { table: row.table, key: row.key, value: row.value })
+            .collect();
+        let journal: Vec<_> = changes
+            .journal
+            .into_iter()
+            .map(|row| state::JournalRow { seq: row.seq, bytes: row.bytes })
+            .collect();
+        self.store.write(&rows, &journal, &self.meta(), false).map_err(io::Error::other)?;
+        if let Some(upto) = changes.compact_journal_upto {
+            self.store.compact_journal(upto).map_err(io::Error::other)?;
+        }
+        self.published.advance(Arc::new(self.state.clone()), last_index, changes.events, hashes).await;
+        for (responder, outcomes) in answers {
+            responder.send(outcomes);
+        }
+        ::metrics::histogram!(APPLY_SECONDS).record(begun.elapsed());
+        ::metrics::gauge!(APPLIED_INDEX).set(last_index as f64);
+        Ok(())
+    }
+}
+
+impl RaftStateMachine<TypeConfig> for Machine {
+    type SnapshotData = SnapshotData;
+    type SnapshotBuilder = Snapshots;
+
+    async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
+        Ok((self.last_applied, self.membership.clone()))
+    }
+
+    async fn apply<Strm>(&mut self, entries: Strm) -> Result<(), io::Error>
+    where
+        Strm: Stream<Item = Result<EntryResponder<TypeConfig>, io::Error>> + Unpin + OptionalSend,
+    {
+        let mut batches = entries.ready_chunks(APPLY_ENTRIES_MAX);
+        while let Some(batch) = batches.next().await {
+            self.apply_batch(batch).await?;
+        }
+        Ok(())
+    }
+
+    async fn try_create_snapshot_builder(&mut self, _force: bool) -> Option<Snapshots> {
+        Some(self.snapshots.clone())
+    }
+
+    async fn get_snapshot_builder(&mut self) -> Snapshots {
+        self.snapshots.clone()
+    }
+
+    async fn install_snapshot(&mut self, _meta: &SnapshotMeta, snapshot: SnapshotData) -> Result<(), io::Error> {
+        let snapshots = self.snapshots.clone();
+        blocking(move || snapshots.install(&snapshot)).await?;
+        self.load().await
+    }
+
+    async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
+        Ok(self.snapshots.current())
+    }
+}

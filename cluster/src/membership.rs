@@ -1,0 +1,175 @@
+//! Who is a member, and who leads.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use openraft::errors::{ClientWriteError, ForwardToLeader, RaftError};
+use openraft::{ChangeMembers, EmptyNode};
+use selvedge_proto::peer as wire;
+use selvedge_proto::peer::change_request::Change;
+use tonic::Request;
+
+use crate::core::Core;
+use crate::dial::Purpose;
+use crate::error::Error;
+use crate::raft_types::TypeConfig;
+
+/// A change of the membership is retried for so long.
+pub const CHANGE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Members of a cluster.
+pub const MEMBERS_MAX: usize = 30;
+/// A learner that is further behind is not made a voter yet.
+const PROMOTE_LAG_ENTRIES_MAX: u64 = 1_000;
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
+
+/// What became of one attempt.
+pub(crate) enum Attempt {
+    Done,
+    NotLeader(Option<u64>),
+    /// It may go another time.
+    Later(String),
+    Failed(String),
+}
+
+type WriteError = RaftError<TypeConfig, ClientWriteError<TypeConfig>>;
+
+/// Changes the membership, here or through the leader. Asking for what is so already changes nothing.
+pub(crate) async fn change(core: &Core, change: Change) -> Result<(), Error> {
+    let deadline = Instant::now() + CHANGE_TIMEOUT;
+    let mut hint = None;
+    let mut why = "no leader can be reached".to_owned();
+    while Instant::now() < deadline {
+        let attempt = match hint.take().or_else(|| core.leader()) {
+            None => Attempt::NotLeader(None),
+            Some(leader) if leader == core.node => change_here(core, &change).await,
+            Some(leader) => change_through(core, leader, change.clone()).await,
+        };
+        match attempt {
+            Attempt::Done => return Ok(()),
+            Attempt::Failed(why) => return Err(Error::Membership(why)),
+            Attempt::NotLeader(leader) => hint = leader.filter(|leader| *leader != core.node),
+            Attempt::Later(reason) => why = reason,
+        }
+        core.pause(RETRY_INTERVAL).await.map_err(|_| Error::Unavailable)?;
+    }
+    Err(Error::Membership(why))
+}
+
+async fn change_through(core: &Core, leader: u64, change: Change) -> Attempt {
+    let mut request = Request::new(wire::ChangeRequest { change: Some(change) });
+    request.set_timeout(ATTEMPT_TIMEOUT);
+    let mut client = core.peer_client(leader, Purpose::Control);
+    use wire::change_reply::Result as Reply;
+    match tokio::time::timeout(ATTEMPT_TIMEOUT, client.change(request)).await {
+        Ok(Ok(reply)) => match reply.into_inner().result {
+            Some(Reply::Done(_)) => Attempt::Done,
+            Some(Reply::NotLeader(not)) => Attempt::NotLeader((not.leader != 0).then_some(not.leader)),
+            Some(Reply::Failed(why)) => Attempt::Failed(why),
+            Some(Reply::Later(why)) => Attempt::Later(why),
+            None => Attempt::Failed("an answer that is none".to_owned()),
+        },
+        Ok(Err(status)) => Attempt::Later(status.to_string()),
+        Err(_) => Attempt::Later("the leader did not answer in time".to_owned()),
+    }
+}
+
+/// One attempt, as the leader that this broker may be.
+pub(crate) async fn change_here(core: &Core, change: &Change) -> Attempt {
+    let membership = core.metrics().membership_config;
+    let membership = membership.membership();
+    let is_voter = |node: u64| membership.voter_ids().any(|voter| voter == node);
+    let result = match change {
+        Change::AddLearner(add) => {
+            core.dialer.learn(add.node, &add.address);
+            if membership.get_node(&add.node).is_some() {
+                return Attempt::Done;
+            }
+            if membership.nodes().count() >= MEMBERS_MAX {
+                return Attempt::Failed(format!("a cluster has at most {MEMBERS_MAX} members"));
+            }
+            core.raft.add_learner(add.node, EmptyNode::new(), false).await.map(drop)
+        }
+        Change::Promote(node) => {
+            if is_voter(*node) {
+                return Attempt::Done;
+            }
+            if membership.get_node(node).is_none() {
+                return Attempt::Failed(format!("broker `{node}` is not a member"));
+            }
+            if !has_caught_up(core, *node) {
+                return Attempt::Later(format!("broker `{node}` has not caught up yet"));
+            }
+            let voters = ChangeMembers::AddVoterIds(BTreeSet::from([*node]));
+            core.raft.change_membership(voters, true).await.map(drop)
+        }
+        Change::Remove(node) => {
+            if membership.get_node(node).is_none() {
+                return Attempt::Done;
+            }
+            if is_voter(*node) {
+                if membership.voter_ids().count() == 1 {
+                    return Attempt::Failed("the last voter cannot be removed".to_owned());
+                }
+                let voters = ChangeMembers::RemoveVoters(BTreeSet::from([*node]));
+                core.raft.change_membership(voters, false).await.map(drop)
+            } else {
+                let nodes = ChangeMembers::RemoveNodes(BTreeSet::from([*node]));
+                core.raft.change_membership(nodes, false).await.map(drop)
+            }
+        }
+        Change::TransferLeader(to) => {
+            return match transfer(core, (*to != 0).then_some(*to)).await {
+                Ok(()) => Attempt::Done,
+                Err(error) => Attempt::Failed(error.to_string()),
+            };
+        }
+    };
+    match result {
+        Ok(()) => Attempt::Done,
+        Err(error) => judge(error),
+    }
+}
+
+fn judge(error: WriteError) -> Attempt {
+    match error {
+        RaftError::APIError(
+            ClientWriteError::ForwardToLeader(ForwardToLeader { leader_id, .. })
+            | ClientWriteError::LogEntryDiscarded(ForwardToLeader { leader_id, .. }),
+        ) => Attempt::NotLeader(leader_id),
+        // One change at a time: whoever leads finishes the one under way.
+        RaftError::APIError(error) => Attempt::Later(error.to_string()),
+        RaftError::Fatal(error) => Attempt::Failed(error.to_string()),
+    }
+}
+
+fn has_caught_up(core: &Core, node: u64) -> bool {
+    let metrics = core.metrics();
+    let Some(Some(matched)) = metrics.replication.as_ref().and_then(|nodes| nodes.get(&node)) else { return false };
+    metrics.last_log_index.unwrap_or(0).saturating_sub(matched.index) <= PROMOTE_LAG_ENTRIES_MAX
+}
+
+/// Hands leadership to a voter, by default the one that has the most of the log. Does nothing when this broker does
+/// not lead.
+pub(crate) async fn transfer(core: &Core, to: Option<u64>) -> Result<(), Error> {
+    let metrics = core.metrics();
+    if metrics.current_leader != Some(core.node) {
+        return Ok(());
+    }
+    let voters: BTreeSet<u64> = metrics.membership_config.membership().voter_ids().collect();
+    let replication = metrics.replication.unwrap_or_default();
+    let most = || {
+        let others = replication.iter().filter(|(node, _)| **node != core.node && voters.contains(node));
+        others.max_by_key(|(_, matched)| matched.as_ref().map(|id| id.index)).map(|(node, _)| *node)
+    };
+    let to = match to {
+        Some(to) if voters.contains(&to) => to,
+        Some(to) => return Err(Error::Membership(format!("broker `{to}` is not a voter"))),
+        None => most().ok_or_else(|| Error::Membership("there is no other voter".to_owned()))?,
+    };
+    if to == core.node {
+        return Ok(());
+    }
+    tracing::info!(to, "handing leadership over");
+    core.raft.trigger().transfer_leader(to).await.map_err(|error| Error::Raft(error.to_string()))
+}

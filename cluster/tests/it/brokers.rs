@@ -1,0 +1,271 @@
+//! Brokers in one process, each with its own directory, certificate and listener.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::TcpListener;
+use std::path::Path;
+use std::sync::{Arc, Mutex, Once};
+use std::time::{Duration, Instant};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    SanType,
+};
+use rustls_pki_types::PrivateKeyDer;
+use selvedge_cluster::{
+    Cluster, Enforcer, LogLimits, NothingToEnforce, Options, Preset, ProposeError, SystemClock, broker_id,
+};
+use selvedge_domain::command::{InitCluster, PutBroker};
+use selvedge_domain::{Actor, Body, Envelope, Id, State};
+use selvedge_proto::identity::{Anchors, Role};
+use selvedge_proto::tls::{self, Identity, NotBefore};
+use selvedge_storage::DataDir;
+use sha2::{Digest as _, Sha256};
+use tempfile::TempDir;
+
+pub const TRUST_DOMAIN: &str = "corp.example";
+pub const CLUSTER_ID: [u8; 16] = [7; 16];
+/// As long as nothing here should ever take.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Signs certificates of brokers.
+pub struct Authority {
+    pub anchors: Arc<Anchors>,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl Authority {
+    pub fn new(cluster_id: [u8; 16]) -> Self {
+        let mut certificates = Vec::new();
+        let mut issuers = Vec::new();
+        for role in Role::ALL {
+            let mut params = CertificateParams::default();
+            params.distinguished_name = DistinguishedName::new();
+            params.distinguished_name.push(DnType::CommonName, role.as_str());
+            params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+            let key = KeyPair::generate().unwrap();
+            certificates.push(params.self_signed(&key).unwrap().der().clone());
+            issuers.push(Issuer::new(params, key));
+        }
+        let anchors = Anchors::new(cluster_id, TRUST_DOMAIN, certificates.try_into().unwrap()).unwrap();
+        let broker = Role::ALL.iter().position(|role| *role == Role::Brokers).unwrap();
+        Self { anchors: Arc::new(anchors), issuer: issuers.swap_remove(broker) }
+    }
+
+    pub fn broker(&self, node: u64) -> Identity {
+        let uri = broker_id(TRUST_DOMAIN, node).unwrap().to_string();
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.subject_alt_names = vec![SanType::URI(uri.as_str().try_into().unwrap())];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+        Identity::new(vec![certificate.der().clone()], key).unwrap()
+    }
+}
+
+/// One broker.
+pub struct Broker {
+    pub cluster: Cluster,
+    pub address: String,
+    pub node: u64,
+    pub dir: TempDir,
+}
+
+pub struct Setup {
+    pub authority: Arc<Authority>,
+    pub cluster_id: [u8; 16],
+    pub log_limits: LogLimits,
+    pub enforcer: Arc<dyn Enforcer>,
+}
+
+impl Setup {
+    pub fn new() -> Self {
+        static LOGGING: Once = Once::new();
+        LOGGING.call_once(|| {
+            let filter = tracing_subscriber::EnvFilter::from_default_env();
+            let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init();
+        });
+        Self {
+            authority: Arc::new(Authority::new(CLUSTER_ID)),
+            cluster_id: CLUSTER_ID,
+            log_limits: LogLimits::default(),
+            enforcer: Arc::new(NothingToEnforce),
+        }
+    }
+
+    pub async fn start(&self, dir: TempDir) -> Broker {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        self.start_at(dir, listener, None).await
+    }
+
+    /// Starts on a directory, claiming to be the node that the directory says unless `certificate` is another's.
+    pub async fn start_at(&self, dir: TempDir, listener: TcpListener, certificate: Option<u64>) -> Broker {
+        let data = open(dir.path()).await;
+        let node = data.node_id();
+        let identity = self.authority.broker(certificate.unwrap_or(node));
+        let (anchors, time) = (&self.authority.anchors, tls::system_time());
+        let address = listener.local_addr().unwrap().to_string();
+        let options = Options {
+            dir: data,
+            cluster_id: self.cluster_id,
+            preset: Preset::Test,
+            listener,
+            tls_server: Arc::new(tls::peer_server(&identity, anchors, NotBefore::judged(), &time).unwrap()),
+            tls_client: Arc::new(tls::peer_client(&identity, anchors, None, NotBefore::judged(), &time).unwrap()),
+            clock: SystemClock::shared(),
+            enforcer: self.enforcer.clone(),
+            seeds: BTreeMap::new(),
+            dial: None,
+            services: None,
+            log_limits: self.log_limits,
+            runtime: None,
+        };
+        let cluster = Cluster::start(options).await.unwrap();
+        Broker { cluster, address, node, dir }
+    }
+
+    /// The first broker of a new cluster.
+    pub async fn first(&self) -> Broker {
+        let first = self.start(TempDir::new().unwrap()).await;
+        first.cluster.initialize(init(self.cluster_id)).await.unwrap();
+        first.register().await;
+        first
+    }
+
+    /// So many voters.
+    pub async fn voters(&self, count: usize) -> Vec<Broker> {
+        let mut brokers = vec![self.first().await];
+        while brokers.len() < count {
+            let next = self.start(TempDir::new().unwrap()).await;
+            let first = &brokers[0];
+            next.cluster.join(std::slice::from_ref(&first.address), &next.address).await.unwrap();
+            next.register().await;
+            first.cluster.promote(next.node).await.unwrap();
+            brokers.push(next);
+        }
+        brokers
+    }
+}
+
+/// Opens a directory that a stopped broker may still be letting go.
+async fn open(path: &Path) -> Arc<DataDir> {
+    let begun = Instant::now();
+    loop {
+        match DataDir::open(path) {
+            Ok(dir) => return Arc::new(dir),
+            Err(error) if begun.elapsed() > PATIENCE => panic!("{error}"),
+            Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    }
+}
+
+pub fn init(cluster_id: [u8; 16]) -> InitCluster {
+    InitCluster {
+        cluster_id,
+        trust_domain: TRUST_DOMAIN.to_owned(),
+        anchors: Vec::new(),
+        owner_sha256: Sha256::digest(b"owner").into(),
+        lease_ms: 3_000,
+        hold_ms: 30_000,
+    }
+}
+
+impl Broker {
+    /// Writes where this broker listens into the registry.
+    pub async fn register(&self) {
+        let put = PutBroker {
+            node: self.node,
+            name: format!("broker-{}", self.node),
+            region: "here".to_owned(),
+            host: "localhost".to_owned(),
+            edge: String::new(),
+            web: String::new(),
+            peer: self.address.clone(),
+            roles: vec![1],
+        };
+        self.cluster.propose(Actor::BROKER, Body::PutBroker(put), None).await.unwrap();
+    }
+
+    /// Makes a token, as the first owner.
+    pub async fn create_token(&self, name: &str) -> Result<Id, ProposeError> {
+        let done = self.cluster.propose(self.owner(), token(name), None).await?;
+        Ok(done.ids[0])
+    }
+
+    pub fn owner(&self) -> Actor {
+        let state = self.cluster.state();
+        let owner = state.find::<selvedge_domain::rows::Token>(selvedge_domain::state::IndexKey::name("owner"));
+        Actor::token(owner.expect("the cluster is initialised").id(), 1)
+    }
+
+    pub fn has_token(&self, name: &str) -> bool {
+        has_token(&self.cluster.state(), name)
+    }
+
+    /// Stops it at once and starts it again on what it has.
+    pub async fn restart(self, setup: &Setup) -> Broker {
+        let Broker { cluster, address, dir, .. } = self;
+        cluster.stop().await;
+        drop(cluster);
+        let listener = bind(&address).await;
+        setup.start_at(dir, listener, None).await
+    }
+}
+
+async fn bind(address: &str) -> TcpListener {
+    let begun = Instant::now();
+    loop {
+        match TcpListener::bind(address) {
+            Ok(listener) => return listener,
+            Err(error) if begun.elapsed() > PATIENCE => panic!("{error}"),
+            Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    }
+}
+
+pub fn token(name: &str) -> Body {
+    let secret_sha256 = Sha256::digest(name.as_bytes()).into();
+    Body::CreateToken { name: name.to_owned(), role: 1, secret_sha256 }
+}
+
+pub fn has_token(state: &State, name: &str) -> bool {
+    state.find::<selvedge_domain::rows::Token>(selvedge_domain::state::IndexKey::name(name)).is_some()
+}
+
+/// Waits for a condition.
+pub async fn until(what: &str, condition: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !condition() {
+        assert!(begun.elapsed() < PATIENCE, "waited in vain until {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Which of the brokers all agree is the leader.
+pub async fn leader_of(brokers: &[Broker]) -> usize {
+    let agreed = || {
+        let leaders: BTreeSet<_> = brokers.iter().map(|broker| broker.cluster.status().leader).collect();
+        let leader = leaders.first().copied().flatten().filter(|_| leaders.len() == 1)?;
+        brokers.iter().position(|broker| broker.node == leader)
+    };
+    until("all agree on a leader", || agreed().is_some()).await;
+    agreed().expect("awaited above")
+}
+
+/// Counts the events it is shown.
+#[derive(Default)]
+pub struct Counting {
+    pub seen: Mutex<Vec<Envelope>>,
+    /// Holds the enforcing thread while it is locked.
+    pub gate: Mutex<()>,
+}
+
+impl Enforcer for Counting {
+    fn enforce(&self, _state: &Arc<State>, events: &[Envelope]) {
+        let _open = self.gate.lock().unwrap();
+        self.seen.lock().unwrap().extend(events.iter().cloned());
+    }
+
+    fn replaced(&self, _state: &Arc<State>) {}
+}

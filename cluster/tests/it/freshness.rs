@@ -1,0 +1,86 @@
+use std::sync::Arc;
+use std::time::Duration;
+
+use selvedge_cluster::How;
+
+use crate::brokers::{Counting, PATIENCE, Setup, leader_of, until};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_without_a_quorum_loses_its_lease_and_refuses_linearizable_reads() {
+    let setup = Setup::new();
+    let mut brokers = setup.voters(3).await;
+    until("all hold a lease", || brokers.iter().all(|broker| broker.cluster.lease().open())).await;
+    let leader = leader_of(&brokers).await;
+    let alone = brokers.swap_remove(leader);
+    for other in &brokers {
+        other.cluster.stop().await;
+    }
+    let read = alone.cluster.linearizable(Duration::from_millis(500)).await;
+    assert!(read.is_err(), "a leader that no quorum confirms must not answer");
+    until("its lease has ended", || !alone.cluster.lease().open()).await;
+    assert_eq!(alone.cluster.lease().left_ms(), 0);
+    // It comes back with the quorum.
+    let mut back = Vec::new();
+    for broker in brokers {
+        back.push(broker.restart(&setup).await);
+    }
+    until("the lease is back", || alone.cluster.lease().open()).await;
+    alone.cluster.linearizable(PATIENCE).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_is_enforced_when_every_broker_has_said_so() {
+    let mut setup = Setup::new();
+    let counting = Arc::new(Counting::default());
+    setup.enforcer = counting.clone();
+    let brokers = setup.voters(3).await;
+    brokers[1].create_token("seen").await.unwrap();
+    let position = brokers[1].cluster.state().position();
+    let enforced = brokers[1].cluster.enforced(position, PATIENCE).await.unwrap();
+    assert!(enforced.complete, "{enforced:?}");
+    assert_eq!(enforced.receipts.len(), 3);
+    assert!(enforced.receipts.iter().all(|receipt| receipt.how == How::Reported), "{enforced:?}");
+    assert!(!counting.seen.lock().unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_cannot_be_asked_is_waited_for_until_its_lease_is_over() {
+    let setup = Setup::new();
+    let brokers = setup.voters(3).await;
+    until("all hold a lease", || brokers.iter().all(|broker| broker.cluster.lease().open())).await;
+    let leader = leader_of(&brokers).await;
+    let (gone, here) = ((leader + 1) % 3, (leader + 2) % 3);
+    brokers[gone].cluster.stop().await;
+    let done = brokers[here].cluster.propose(brokers[here].owner(), crate::brokers::token("late"), None).await.unwrap();
+    let soon = brokers[here].cluster.enforced(done.position, Duration::from_millis(300)).await.unwrap();
+    assert!(!soon.complete, "{soon:?}");
+    assert_eq!(soon.open.len(), 1);
+    assert_eq!(soon.open[0].0, brokers[gone].node);
+    let later = brokers[here].cluster.enforced(done.position, PATIENCE).await.unwrap();
+    assert!(later.complete, "{later:?}");
+    let receipt = later.receipts.iter().find(|receipt| receipt.node == brokers[gone].node).unwrap();
+    assert_eq!(receipt.how, How::LeaseOver);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lease_is_not_renewed_while_a_change_is_not_enforced() {
+    let mut setup = Setup::new();
+    let counting = Arc::new(Counting::default());
+    setup.enforcer = counting.clone();
+    let broker = setup.first().await;
+    until("it holds a lease", || broker.cluster.lease().open()).await;
+    let held = counting.clone();
+    let (locked, is_locked) = tokio::sync::oneshot::channel();
+    let (release, released) = std::sync::mpsc::sync_channel(1);
+    let holder = std::thread::spawn(move || {
+        let _gate = held.gate.lock().unwrap();
+        locked.send(()).unwrap();
+        released.recv().unwrap();
+    });
+    is_locked.await.unwrap();
+    broker.create_token("slow").await.unwrap();
+    until("the lease has ended", || !broker.cluster.lease().open()).await;
+    release.send(()).unwrap();
+    holder.join().unwrap();
+    until("the lease is back", || broker.cluster.lease().open()).await;
+}

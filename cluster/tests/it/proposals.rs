@@ -1,0 +1,109 @@
+use std::time::Duration;
+
+use selvedge_cluster::ProposeError;
+use selvedge_domain::RejectedCode;
+
+use crate::brokers::{PATIENCE, Setup, leader_of, token, until};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_through_any_broker_is_seen_by_all_and_by_its_writer_at_once() {
+    let brokers = Setup::new().voters(3).await;
+    for (at, broker) in brokers.iter().enumerate() {
+        let name = format!("token-{at}");
+        broker.create_token(&name).await.unwrap();
+        assert!(broker.has_token(&name), "the writer reads its own write");
+        for other in &brokers {
+            let state = other.cluster.linearizable(PATIENCE).await.unwrap();
+            assert!(crate::brokers::has_token(&state, &name));
+        }
+    }
+    let hashes: Vec<_> = brokers.iter().map(|broker| broker.cluster.status().state_hash).collect();
+    assert_eq!(hashes[0], hashes[1]);
+    assert_eq!(hashes[1], hashes[2]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_is_a_committed_answer_on_every_broker() {
+    let brokers = Setup::new().voters(3).await;
+    brokers[0].create_token("twice").await.unwrap();
+    for broker in &brokers {
+        match broker.create_token("twice").await {
+            Err(ProposeError::Refused(rejected)) => assert_eq!(rejected.code, RejectedCode::Conflict),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idempotency_key_is_applied_once_whoever_retries() {
+    let brokers = Setup::new().voters(3).await;
+    let owner = brokers[0].owner();
+    let first = brokers[0].cluster.propose(owner.clone(), token("once"), Some([9; 32])).await.unwrap();
+    for broker in &brokers {
+        let again = broker.cluster.propose(owner.clone(), token("once"), Some([9; 32])).await.unwrap();
+        assert_eq!(again, first);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_leads_when_the_leader_dies_and_nothing_acknowledged_is_lost() {
+    let setup = Setup::new();
+    let mut brokers = setup.voters(3).await;
+    let leader = leader_of(&brokers).await;
+    brokers[leader].create_token("before").await.unwrap();
+    let dead = brokers.swap_remove(leader);
+    dead.cluster.stop().await;
+    // Retried inside until another leads.
+    brokers[0].create_token("after").await.unwrap();
+    brokers[1].create_token("after too").await.unwrap();
+    for broker in &brokers {
+        let state = broker.cluster.linearizable(PATIENCE).await.unwrap();
+        for name in ["before", "after", "after too"] {
+            assert!(crate::brokers::has_token(&state, name), "{name}");
+        }
+    }
+    let back = dead.restart(&setup).await;
+    until("the restarted broker has caught up", || back.has_token("after too")).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_writers_over_a_leader_change_apply_each_command_once() {
+    let brokers = Setup::new().voters(3).await;
+    let leader = leader_of(&brokers).await;
+    let mut writers = Vec::new();
+    for (at, broker) in brokers.iter().enumerate() {
+        for n in 0..40 {
+            let (cluster, owner) = (broker.cluster.clone(), broker.owner());
+            writers.push(tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_millis(n * 10)).await;
+                let name = format!("token-{at}-{n}");
+                cluster.propose(owner, token(&name), None).await.map(|done| (name, done.ids[0]))
+            }));
+        }
+    }
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    brokers[leader].cluster.transfer_leader(None).await.unwrap();
+    let mut made = Vec::new();
+    for writer in writers {
+        // A command that was applied twice would be answered by a conflict.
+        made.push(writer.await.unwrap().unwrap());
+    }
+    let state = brokers[0].cluster.linearizable(PATIENCE).await.unwrap();
+    for (name, id) in made {
+        let token = state.by_id::<selvedge_domain::rows::Token>(id).unwrap();
+        assert_eq!(token.name, name);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_from_disk_keeps_everything() {
+    let setup = Setup::new();
+    let broker = setup.first().await;
+    broker.create_token("kept").await.unwrap();
+    let before = broker.cluster.status();
+    let broker = broker.restart(&setup).await;
+    until("it has applied all that it had", || broker.has_token("kept")).await;
+    until("it leads again", || broker.cluster.leads()).await;
+    assert_eq!(broker.cluster.status().position, before.position);
+    broker.create_token("more").await.unwrap();
+}
