@@ -146,12 +146,7 @@ impl Cluster {
     ///
     /// **Errors**: see [`ProposeError`].
     /// **Cancel safety**: a dropped call may still be applied.
-    pub async fn propose(
-        &self,
-        actor: Actor,
-        body: Body,
-        idempotency: Option<[u8; 32]>,
-    ) -> Result<Done, ProposeError> {
+    pub async fn propose(&self, actor: Actor, body: Body, idempotency: Option<[u8; 32]>) -> Result<Done, ProposeError> {
         self.core.propose(actor, body, idempotency).await
     }
 
@@ -291,7 +286,9 @@ async fn start(
     }
     let config = options.preset.raft(&hex::encode(options.cluster_id)).validate();
     let config = Arc::new(config.map_err(|error| Error::Raft(error.to_string()))?);
-    let raft = openraft::Raft::new(node, config, Network(dialer.clone()), log.clone(), machine).await;
+    let append_timeout = Duration::from_millis(options.preset.election_ms().1);
+    let network = Network { dialer: dialer.clone(), append_timeout };
+    let raft = openraft::Raft::new(node, config, network, log.clone(), machine).await;
     let raft = raft.map_err(|error| Error::Raft(error.to_string()))?;
     if log.log().suspect().is_some() {
         raft.runtime_config().elect(false);
@@ -340,9 +337,8 @@ fn spawn(
     options.listener.set_nonblocking(true).map_err(Error::Socket)?;
     let listener = tokio::net::TcpListener::from_std(options.listener).map_err(Error::Socket)?;
     let raft = RaftService { raft: core.raft.clone(), log: core.log.log().clone(), snapshots };
-    let raft = RaftServer::new(raft)
-        .max_decoding_message_size(MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let raft =
+        RaftServer::new(raft).max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX);
     let peer = PeerServer::new(PeerService(core.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);

@@ -27,12 +27,13 @@ pub enum Preset {
 }
 
 impl Preset {
-    /// Between heartbeats, milliseconds.
+    /// Between heartbeats, milliseconds. The consensus library gives a heartbeat up after one interval, so this must
+    /// lie above the round trip to a majority: otherwise no read is ever confirmed and no lease renewed.
     pub fn heartbeat_ms(self) -> u64 {
         match self {
             Self::Lan => 50,
-            Self::Wan => 150,
-            Self::Test => 100,
+            Self::Wan => 250,
+            Self::Test => 200,
         }
     }
 

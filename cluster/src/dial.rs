@@ -27,8 +27,9 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 pub const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 /// HTTP/2 window of a connection between brokers, bytes.
 pub const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+// A link that swallows everything must not hold a connection for as long as TCP would.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A connection to another broker, over which every call carries who calls. Connects when it is used, and again when
 /// it broke.

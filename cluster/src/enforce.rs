@@ -96,6 +96,8 @@ fn judge(enforcer: &dyn Enforcer, batch: Vec<ToEnforce>) {
 const REPORT_INTERVAL_MIN: Duration = Duration::from_millis(10);
 /// And at least this often, so that a lost one does no harm.
 const REPORT_INTERVAL_MAX: Duration = Duration::from_secs(1);
+/// How soon a new member is told.
+const MEMBERS_INTERVAL: Duration = Duration::from_millis(50);
 const REPORT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Keeps one task for each other member, which tells it what this broker enforces.
@@ -119,7 +121,7 @@ pub(crate) async fn report(core: Arc<Core>) {
                 tasks.insert(node, stop);
             }
         }
-        if core.pause(REPORT_INTERVAL_MAX).await.is_err() {
+        if core.pause(MEMBERS_INTERVAL).await.is_err() {
             return;
         }
     }
@@ -318,11 +320,7 @@ pub(crate) async fn everywhere(core: &Core, position: Id, wait: Duration) -> Res
         }
     }
     let until_ms = core.published.now_ms() + over_ms.saturating_sub(core.clock.boottime_ms());
-    Ok(Enforced {
-        complete: open.is_empty(),
-        receipts,
-        open: open.into_keys().map(|node| (node, until_ms)).collect(),
-    })
+    Ok(Enforced { complete: open.is_empty(), receipts, open: open.into_keys().map(|node| (node, until_ms)).collect() })
 }
 
 #[cfg(test)]

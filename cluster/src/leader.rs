@@ -308,7 +308,11 @@ mod tests {
         assert_eq!(clocks.median_offset(1, &[1, 2, 3], 1_100), Some(0));
         assert_eq!(clocks.median_offset(1, &[1, 2, 3], 1_000 + CLOCK_AGE_MS_MAX), None, "old readings do not count");
         clocks.offsets.insert(3, (3_600_000, 1_000));
-        assert_eq!(clocks.median_offset(1, &[1, 2, 3], 1_100), Some(3_600_000), "the leader's own is the one that is off");
+        assert_eq!(
+            clocks.median_offset(1, &[1, 2, 3], 1_100),
+            Some(3_600_000),
+            "the leader's own is the one that is off"
+        );
         assert_eq!(clocks.median_offset(1, &[1], 0), Some(0));
     }
 }

@@ -95,7 +95,8 @@ impl Gatekeeper {
     fn check(&self, request: &Request<()>) -> Result<(), (&'static str, Status)> {
         let refused = |reason, message| (reason, Status::permission_denied(message));
         let caller = Caller::of(request).map_err(|status| ("node", status))?;
-        let claim = Claim::read(request.metadata()).ok_or_else(|| refused("node", "the call does not say whose it is"))?;
+        let claim =
+            Claim::read(request.metadata()).ok_or_else(|| refused("node", "the call does not say whose it is"))?;
         if claim.cluster != self.cluster {
             return Err(refused("cluster", "another cluster"));
         }

@@ -132,11 +132,8 @@ impl Machine {
             .into_iter()
             .map(|row| state::RowChange { table: row.table, key: row.key, value: row.value })
             .collect();
-        let journal: Vec<_> = changes
-            .journal
-            .into_iter()
-            .map(|row| state::JournalRow { seq: row.seq, bytes: row.bytes })
-            .collect();
+        let journal: Vec<_> =
+            changes.journal.into_iter().map(|row| state::JournalRow { seq: row.seq, bytes: row.bytes }).collect();
         self.store.write(&rows, &journal, &self.meta(), false).map_err(io::Error::other)?;
         if let Some(upto) = changes.compact_journal_upto {
             self.store.compact_journal(upto).map_err(io::Error::other)?;

@@ -35,39 +35,44 @@ pub(crate) const SNAPSHOT_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Makes the clients.
 #[derive(Clone)]
-pub(crate) struct Network(pub(crate) Dialer);
+pub(crate) struct Network {
+    pub(crate) dialer: Dialer,
+    /// An append call that is not answered for so long is given up. Longer than a heartbeat: entries take time.
+    pub(crate) append_timeout: Duration,
+}
+
+impl Network {
+    fn client(&self, target: u64, purpose: Purpose) -> Client {
+        let raft = RaftClient::new(self.dialer.channel(target, purpose))
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX);
+        Client { raft, append_timeout: self.append_timeout }
+    }
+}
 
 impl RaftNetworkFactory<TypeConfig> for Network {
     type Network = Client;
 
     async fn new_client(&mut self, target: u64, _node: &EmptyNode) -> Client {
-        Client::new(self.0.channel(target, Purpose::Raft))
+        self.client(target, Purpose::Raft)
     }
 
     async fn new_snapshot_client(&mut self, target: u64, _node: &EmptyNode) -> Client {
-        Client::new(self.0.channel(target, Purpose::Snapshot))
+        self.client(target, Purpose::Snapshot)
     }
 }
 
 /// Calls one broker.
 pub(crate) struct Client {
     raft: RaftClient<PeerChannel>,
-}
-
-impl Client {
-    fn new(channel: PeerChannel) -> Self {
-        let raft = RaftClient::new(channel)
-            .max_decoding_message_size(MESSAGE_BYTES_MAX)
-            .max_encoding_message_size(MESSAGE_BYTES_MAX);
-        Self { raft }
-    }
+    append_timeout: Duration,
 }
 
 type RpcResult<T> = Result<T, RPCError<TypeConfig>>;
 
 /// Waits for an answer no longer than Raft would.
-async fn call<T>(answer: impl Future<Output = Result<Response<T>, Status>>, option: &RPCOption) -> RpcResult<T> {
-    match tokio::time::timeout(option.soft_ttl(), answer).await {
+async fn call<T>(answer: impl Future<Output = Result<Response<T>, Status>>, timeout: Duration) -> RpcResult<T> {
+    match tokio::time::timeout(timeout, answer).await {
         Ok(Ok(response)) => Ok(response.into_inner()),
         Ok(Err(status)) => Err(rpc_error(&status)),
         Err(_) => Err(RPCError::Network(NetworkError::from_string("no answer in time"))),
@@ -88,9 +93,9 @@ fn malformed(error: &io::Error) -> RPCError<TypeConfig> {
     RPCError::Network(NetworkError::new(error))
 }
 
-fn timed<T>(message: T, option: &RPCOption) -> Request<T> {
+fn timed<T>(message: T, timeout: Duration) -> Request<T> {
     let mut request = Request::new(message);
-    request.set_timeout(option.soft_ttl());
+    request.set_timeout(timeout);
     request
 }
 
@@ -121,7 +126,9 @@ impl RaftNetworkV2<TypeConfig> for Client {
             entries: rpc.entries.iter().map(convert::entry).collect(),
             leader_commit: rpc.leader_commit.as_ref().map(convert::log_id),
         };
-        let reply = call(self.raft.append(timed(request, &option)), &option).await?;
+        // Heartbeats are cut by Raft itself.
+        let timeout = option.soft_ttl().max(self.append_timeout);
+        let reply = call(self.raft.append(timed(request, timeout)), timeout).await?;
         use wire::append_reply::Result as Reply;
         match reply.result {
             Some(Reply::Success(_)) => Ok(AppendEntriesResponse::Success),
@@ -137,12 +144,9 @@ impl RaftNetworkV2<TypeConfig> for Client {
         }
     }
 
-    async fn vote(
-        &mut self,
-        rpc: VoteRequest<TypeConfig>,
-        option: RPCOption,
-    ) -> RpcResult<VoteResponse<TypeConfig>> {
-        vote_reply(&call(self.raft.vote(timed(vote_request(&rpc), &option)), &option).await?)
+    async fn vote(&mut self, rpc: VoteRequest<TypeConfig>, option: RPCOption) -> RpcResult<VoteResponse<TypeConfig>> {
+        let timeout = option.soft_ttl();
+        vote_reply(&call(self.raft.vote(timed(vote_request(&rpc), timeout)), timeout).await?)
     }
 
     async fn pre_vote(
@@ -150,7 +154,8 @@ impl RaftNetworkV2<TypeConfig> for Client {
         rpc: VoteRequest<TypeConfig>,
         option: RPCOption,
     ) -> RpcResult<VoteResponse<TypeConfig>> {
-        vote_reply(&call(self.raft.pre_vote(timed(vote_request(&rpc), &option)), &option).await?)
+        let timeout = option.soft_ttl();
+        vote_reply(&call(self.raft.pre_vote(timed(vote_request(&rpc), timeout)), timeout).await?)
     }
 
     async fn full_snapshot(
@@ -213,7 +218,8 @@ impl RaftNetworkV2<TypeConfig> for Client {
             to: *req.to_node_id(),
             last: req.last_log_id().map(convert::log_id),
         };
-        let reply = call(self.raft.transfer_leader(timed(request, &option)), &option).await?;
+        let timeout = option.soft_ttl();
+        let reply = call(self.raft.transfer_leader(timed(request, timeout)), timeout).await?;
         use wire::transfer_reply::Result as Reply;
         let vote = |vote: Option<wire::Vote>| convert::vote_back(vote.as_ref()).map_err(|error| malformed(&error));
         match reply.result {

@@ -129,8 +129,7 @@ impl Core {
         let mut again = true;
         let outcome = loop {
             let client = self.client(deadline).await?;
-            let slot =
-                self.sessions.open(client).ok_or(ProposeError::Busy { retry_after_ms: BUSY_RETRY_AFTER_MS })?;
+            let slot = self.sessions.open(client).ok_or(ProposeError::Busy { retry_after_ms: BUSY_RETRY_AFTER_MS })?;
             let (seq, acked_below) = (slot.seq, slot.acked_below);
             command.dedupe = Some(Dedupe { client: slot.client, seq, acked_below, idempotency });
             match self.submit(command.encode().into(), deadline).await? {

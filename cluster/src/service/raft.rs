@@ -43,7 +43,9 @@ impl RaftService {
 
     fn vote_request(&self, request: Request<wire::VoteRequest>) -> Result<VoteRequest<TypeConfig>, Status> {
         if self.log.suspect().is_some() {
-            return Err(Status::unavailable("this broker lost the end of its log and does not vote until it has caught up"));
+            return Err(Status::unavailable(
+                "this broker lost the end of its log and does not vote until it has caught up",
+            ));
         }
         let caller = Caller::of(&request)?;
         let request = request.into_inner();

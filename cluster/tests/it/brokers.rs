@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::TcpListener;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Once};
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,8 @@ use selvedge_proto::tls::{self, Identity, NotBefore};
 use selvedge_storage::DataDir;
 use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
+
+use crate::links::Links;
 
 pub const TRUST_DOMAIN: &str = "corp.example";
 pub const CLUSTER_ID: [u8; 16] = [7; 16];
@@ -77,6 +80,9 @@ pub struct Setup {
     pub cluster_id: [u8; 16],
     pub log_limits: LogLimits,
     pub enforcer: Arc<dyn Enforcer>,
+    /// Brokers dial each other through these, each by the order in which it was started.
+    pub links: Option<Links>,
+    pub started: AtomicUsize,
 }
 
 impl Setup {
@@ -91,6 +97,8 @@ impl Setup {
             cluster_id: CLUSTER_ID,
             log_limits: LogLimits::default(),
             enforcer: Arc::new(NothingToEnforce),
+            links: None,
+            started: AtomicUsize::new(0),
         }
     }
 
@@ -116,7 +124,7 @@ impl Setup {
             clock: SystemClock::shared(),
             enforcer: self.enforcer.clone(),
             seeds: BTreeMap::new(),
-            dial: None,
+            dial: self.links.as_ref().map(|links| links.dial(self.started.fetch_add(1, Ordering::SeqCst))),
             services: None,
             log_limits: self.log_limits,
             runtime: None,
@@ -166,6 +174,7 @@ pub fn init(cluster_id: [u8; 16]) -> InitCluster {
         trust_domain: TRUST_DOMAIN.to_owned(),
         anchors: Vec::new(),
         owner_sha256: Sha256::digest(b"owner").into(),
+        knock_secret: [3; 32],
         lease_ms: 3_000,
         hold_ms: 30_000,
     }

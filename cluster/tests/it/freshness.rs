@@ -4,6 +4,7 @@ use std::time::Duration;
 use selvedge_cluster::How;
 
 use crate::brokers::{Counting, PATIENCE, Setup, leader_of, until};
+use crate::links::Links;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broker_without_a_quorum_loses_its_lease_and_refuses_linearizable_reads() {
@@ -83,4 +84,39 @@ async fn a_lease_is_not_renewed_while_a_change_is_not_enforced() {
     release.send(()).unwrap();
     holder.join().unwrap();
     until("the lease is back", || broker.cluster.lease().open()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_behind_links_that_swallow_everything_is_deposed_and_comes_back() {
+    let mut setup = Setup::new();
+    let links = Links::default();
+    setup.links = Some(links.clone());
+    let brokers = setup.voters(3).await;
+    for (from, broker) in brokers.iter().enumerate() {
+        for other in brokers.iter().filter(|other| other.node != broker.node) {
+            links.add(from, other.node, &other.address).await;
+        }
+    }
+    // They were connected directly until now: only new connections go through the links.
+    let mut restarted = Vec::new();
+    setup.started.store(0, std::sync::atomic::Ordering::SeqCst);
+    for broker in brokers {
+        restarted.push(broker.restart(&setup).await);
+    }
+    let brokers = restarted;
+    until("all hold a lease", || brokers.iter().all(|broker| broker.cluster.lease().open())).await;
+    let leader = leader_of(&brokers).await;
+    let (alone, rest) = (&brokers[leader], [&brokers[(leader + 1) % 3], &brokers[(leader + 2) % 3]]);
+
+    links.cut(leader, alone.node, true);
+    rest[0].create_token("elsewhere").await.unwrap();
+    assert!(alone.cluster.linearizable(Duration::from_millis(500)).await.is_err());
+    assert!(!alone.has_token("elsewhere"));
+    until("the isolated one has lost its lease", || !alone.cluster.lease().open()).await;
+    assert!(rest.iter().all(|broker| broker.cluster.lease().open()), "the others keep theirs");
+
+    links.cut(leader, alone.node, false);
+    until("it has caught up", || alone.has_token("elsewhere")).await;
+    until("it holds a lease again", || alone.cluster.lease().open()).await;
+    alone.create_token("back").await.unwrap();
 }

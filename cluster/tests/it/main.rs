@@ -1,8 +1,9 @@
 //! The cluster over real storage and real connections.
 
 mod brokers;
+mod freshness;
+mod links;
 mod membership;
 mod proposals;
-mod freshness;
 mod store_suite;
 mod watching;

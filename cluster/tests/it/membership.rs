@@ -23,9 +23,8 @@ async fn a_learner_catches_up_from_a_snapshot_when_the_log_was_cut() {
     learner.register().await;
     assert_eq!(learner.cluster.state().state_hash(), first.cluster.state().state_hash());
     first.cluster.promote(learner.node).await.unwrap();
-    let voters = |broker: &crate::brokers::Broker| {
-        broker.cluster.status().members.iter().filter(|member| member.voter).count()
-    };
+    let voters =
+        |broker: &crate::brokers::Broker| broker.cluster.status().members.iter().filter(|member| member.voter).count();
     until("both know of two voters", || voters(&first) == 2 && voters(&learner) == 2).await;
     // And it keeps what it installed.
     let learner = learner.restart(&setup).await;
