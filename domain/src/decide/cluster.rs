@@ -76,11 +76,12 @@ pub(super) fn register_client(draft: &mut Draft, boot: u64) -> Result<(), Reject
 
 pub(super) fn put_broker(draft: &mut Draft, put: &PutBroker) -> Result<(), Rejected> {
     check_name(&put.name)?;
-    let own = draft.actor.kind == ActorKind::Broker && draft.proposer == put.node;
-    if !own {
+    let old = draft.state.row::<Broker>(&put.node.to_be_bytes());
+    let first = draft.actor.kind == ActorKind::Bootstrap && draft.state.count(Table::Broker) == 0;
+    let own = draft.actor.kind == ActorKind::Broker && draft.proposer == put.node && old.is_some();
+    if !first && !own {
         draft.need_role(AdminRole::Owner)?;
     }
-    let old = draft.state.row::<Broker>(&put.node.to_be_bytes());
     if old.as_ref().is_some_and(|broker| broker.removed) {
         return Err(Rejected::new(RejectedCode::Forbidden, "this broker was removed"));
     }

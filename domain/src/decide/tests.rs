@@ -29,7 +29,7 @@ impl World {
             hold_ms: 30_000,
         };
         world.done(Actor::BOOTSTRAP, Body::InitCluster(init));
-        world.done(Actor::BROKER, broker(NODE));
+        world.done(Actor::BOOTSTRAP, broker(NODE));
         world.done(world.owner(), Body::PutDirectory { name: "demo".into(), token_sha256: [5; 32] });
         world
     }
@@ -341,6 +341,9 @@ fn a_removed_broker_does_not_come_back_and_may_propose_nothing() {
     let mut world = World::new();
     let owner = world.owner();
     world.done(owner.clone(), broker(8));
+    let stranger = Command { actor: Actor::BROKER, proposer: 9, dedupe: None, body: broker(9) };
+    let outcome = world.state.apply(1, &stranger, &mut Changes::default());
+    assert!(matches!(outcome, Outcome::Refused(_)), "who never enrolled does not register itself");
     world.done(owner.clone(), Body::RemoveBroker { node: 8 });
     assert_eq!(world.refused(owner, broker(8)), RejectedCode::Forbidden);
     let command = Command { actor: Actor::BROKER, proposer: 8, dedupe: None, body: Body::Availability(vec![]) };

@@ -1,0 +1,439 @@
+//! A broker as one thing: puts cluster, edge, web, audit and ops together, and takes them apart in order.
+
+mod home;
+
+use std::collections::BTreeMap;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use metrics_exporter_prometheus::PrometheusHandle;
+use selvedge_cluster::{Cluster, LogLimits, Options, SystemClock};
+use selvedge_domain::command::{CertificateIssued, PutBroker, Subject};
+use selvedge_domain::rows::BrokerRole;
+use selvedge_domain::{Actor, Body};
+use selvedge_proto::identity::Anchors;
+use selvedge_proto::tls::{self, Identity, NotBefore, TimeSource};
+use selvedge_storage::DataDir;
+use selvedge_storage::audit::{Journal, StreamId};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::audit::{Exporter, Log, Record, SessionLost};
+use crate::config::Valid;
+use crate::decision::Decider;
+use crate::edge::{self, Edge};
+use crate::issuer::Issuer;
+use crate::ops::Ops;
+use crate::relay::Relay;
+use crate::routing::Routing;
+use crate::web;
+use home::{First, Home, random_bytes};
+pub use home::{
+    InitOptions, Initialised, JoinReply, JoinRequest, Seed, init, join_complete, join_request, join_seal_key,
+};
+
+/// Longest wait of a starting broker for a leader.
+const START_STEP: Duration = Duration::from_secs(5);
+/// Between attempts to register with a leader.
+const REGISTER_RETRY: Duration = Duration::from_millis(500);
+/// How long live sessions may go on when the process is told to stop.
+const DRAIN_AT_STOP: Duration = Duration::from_secs(2);
+/// Longest wait for everything to end.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why a broker does not start, or must stop.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// `cluster init` or `cluster join` has not run here.
+    #[error("this data directory belongs to no cluster: run `selvedge cluster init` or `selvedge cluster join` first")]
+    NotMember,
+    /// It has.
+    #[error("this data directory belongs to a cluster already")]
+    AlreadyMember,
+    /// A file cannot be read or written.
+    #[error("cannot use `{path}`")]
+    File {
+        /// File.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A file is not what was written.
+    #[error("`{0}` is damaged: {1}")]
+    Damaged(PathBuf, String),
+    /// An address cannot be listened on.
+    #[error("the `{listener}` listener cannot use `{address}`")]
+    Listen {
+        /// Which listener.
+        listener: &'static str,
+        /// Its address.
+        address: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The certificate that was answered is somebody else's.
+    #[error("the certificate that was answered is for `{0}`")]
+    OtherIdentity(String),
+    /// The first command of the cluster was not accepted.
+    #[error("the cluster was not initialised")]
+    Initialise(#[source] Box<selvedge_cluster::ProposeError>),
+    /// Storage.
+    #[error(transparent)]
+    Storage(#[from] selvedge_storage::Error),
+    /// Issuer.
+    #[error("issuer")]
+    Issuer(#[from] crate::issuer::Error),
+    /// TLS.
+    #[error("tls")]
+    Tls(#[from] tls::Error),
+    /// Identities.
+    #[error("identity")]
+    Identity(#[from] selvedge_proto::identity::Error),
+    /// Cluster.
+    #[error(transparent)]
+    Cluster(#[from] selvedge_cluster::Error),
+    /// The web listener's certificate.
+    #[error(transparent)]
+    Web(#[from] web::CertificateError),
+    /// The broker can no longer be trusted to hold what it should.
+    #[error("{0}")]
+    Fatal(#[from] selvedge_cluster::Fatal),
+}
+
+impl Error {
+    fn file(path: &Path, source: std::io::Error) -> Self {
+        Self::File { path: path.to_owned(), source }
+    }
+}
+
+/// A running broker.
+pub struct Broker {
+    cluster: Cluster,
+    edge: Arc<Edge>,
+    web: web::Web,
+    owner_token: Option<String>,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+    /// Keeps the edge's TLS configuration replaceable.
+    _edge_tls: watch::Sender<Arc<rustls::ServerConfig>>,
+}
+
+/// Cluster time once there is a cluster, the wall clock before.
+#[derive(Clone, Default)]
+struct ClusterTime(Arc<OnceLock<Cluster>>);
+
+impl ClusterTime {
+    fn now_ms(&self) -> u64 {
+        self.0.get().map_or_else(|| (tls::system_time())(), Cluster::now_ms)
+    }
+
+    fn source(&self) -> TimeSource {
+        let time = self.clone();
+        Arc::new(move || time.now_ms())
+    }
+}
+
+impl Broker {
+    /// Starts everything. Returns when the listeners are open and this broker is registered with a leader.
+    pub async fn start(config: Valid, metrics: PrometheusHandle) -> Result<Self, Error> {
+        tls::install_provider();
+        let home = Home::load(&config)?;
+        let dir = Arc::new(DataDir::open(&config.data_dir)?);
+        let identity = Identity::load(&home::identity_path(&config))?;
+        let issuer = match Issuer::open(&config.issuer_dir(), &config.issuer_seal()) {
+            Ok(issuer) => Some(Arc::new(issuer)),
+            Err(crate::issuer::Error::Missing(_)) => None,
+            Err(error) => return Err(error.into()),
+        };
+        let anchors = Arc::new(home.anchors.clone());
+        let time = ClusterTime::default();
+        let listeners = Listeners::bind(&config)?;
+        let journal = Journal::open(
+            &dir.audit_path(),
+            StreamId { broker: dir.node_id(), boot: dir.boot() },
+            selvedge_storage::audit::Options::default(),
+        )?;
+        let log = Log::new(Arc::new(journal), {
+            let time = time.clone();
+            Arc::new(move || time.now_ms())
+        });
+
+        let not_before = NotBefore::deferred();
+        let hook = Arc::new(edge::Hook::default());
+        let cluster = Cluster::start(Options {
+            cluster_id: anchors.cluster_id(),
+            preset: config.preset,
+            listener: listeners.peer,
+            tls_server: Arc::new(tls::peer_server(&identity, &anchors, not_before.clone(), &time.source())?),
+            tls_client: Arc::new(tls::peer_client(&identity, &anchors, None, not_before.clone(), &time.source())?),
+            clock: SystemClock::shared(),
+            enforcer: hook.clone(),
+            seeds: home.seeds.iter().map(|seed| (seed.node, seed.peer.clone())).collect(),
+            dial: dial_override(&config, &home, &time),
+            services: Some(hook.relay_routes()),
+            log_limits: LogLimits::default(),
+            runtime: None,
+            dir,
+        })
+        .await?;
+        let _ = time.0.set(cluster.clone());
+        let owner_token = match &home.first {
+            Some(first) => initialise(&cluster, &config, first, &anchors).await?,
+            None => None,
+        };
+        register(&cluster, &config, &home).await?;
+        not_before.judge();
+        if home.first.is_some() {
+            Home { first: None, ..home }.store(&config)?;
+        }
+        record_lost_sessions(&log).await;
+
+        let stop = CancellationToken::new();
+        let tasks = TaskTracker::new();
+        let decider = Decider::new();
+        let routing = Routing::new(cluster.node());
+        let edge_tls = tls::edge_server(&identity, &anchors, vec![tls::CONTROL_ALPN.to_vec()], &time.source())?;
+        let (edge_tls, edge_tls_now) = watch::channel(Arc::new(edge_tls));
+        let edge = Edge::new(edge::Parts {
+            name: config.name.clone(),
+            region: config.region.clone(),
+            ground: Arc::new(cluster.clone()),
+            anchors: anchors.clone(),
+            tls: edge_tls_now,
+            audit: log.clone(),
+            issuer: issuer.clone(),
+            decider: decider.clone(),
+            routing: routing.clone(),
+            relay: Relay::default(),
+        });
+        hook.attach(edge.clone());
+        let (edge_serving, edge_stop) = (edge.clone(), stop.clone());
+        tasks.spawn(async move {
+            if let Err(error) = edge_serving.serve(listeners.edge, edge_stop).await {
+                tracing::error!(%error, "the edge listener failed");
+            }
+        });
+        let certificates = web_certificates(&config, issuer.clone(), &time)?;
+        let context = web::Context::new(web::Parts {
+            cluster: cluster.clone(),
+            decider,
+            edge: Some(edge.clone()),
+            routing: Some(routing),
+            audit: log.clone(),
+            issuer: issuer.clone(),
+            anchors: anchors.clone(),
+        });
+        let web = web::Web::serve(context, listeners.web, certificates)
+            .map_err(|source| Error::Listen { listener: "web", address: config.web.bind.to_string(), source })?;
+        tasks.spawn(Exporter::new(cluster.clone(), log, config.name.clone()).run(stop.clone()));
+        let (ops, ops_stop) = (Ops::new(cluster.clone(), metrics), stop.clone());
+        tasks.spawn(async move {
+            if let Err(error) = ops.serve(listeners.ops, ops_stop).await {
+                tracing::error!(%error, "the ops listener failed");
+            }
+        });
+        Ok(Self { cluster, edge, web, owner_token, stop, tasks, _edge_tls: edge_tls })
+    }
+
+    /// The owner's token, when this start made the cluster. Shown once.
+    pub fn owner_token(&self) -> Option<&str> {
+        self.owner_token.as_deref()
+    }
+
+    /// Node id.
+    pub fn node(&self) -> u64 {
+        self.cluster.node()
+    }
+
+    /// Runs until `shutdown`, then stops in order: sessions are told to move, leadership is handed over.
+    ///
+    /// **Errors** when the broker must stop because it cannot be trusted any more.
+    pub async fn run_until(self, shutdown: CancellationToken) -> Result<(), Error> {
+        let fatal = tokio::select! {
+            () = shutdown.cancelled() => None,
+            fatal = self.cluster.fatal() => Some(fatal),
+        };
+        if let Some(fatal) = fatal {
+            tracing::error!(code = fatal.code(), %fatal, "this broker stops");
+            return Err(fatal.into());
+        }
+        let left = self.edge.drain(DRAIN_AT_STOP).await;
+        tracing::info!(sessions_cut = left, "stopping");
+        let work = async {
+            self.web.stop().await;
+            self.cluster.shutdown().await;
+            self.stop.cancel();
+            self.tasks.close();
+            self.tasks.wait().await;
+        };
+        if tokio::time::timeout(STOP_TIMEOUT, work).await.is_err() {
+            tracing::warn!("some parts did not end in time");
+        }
+        Ok(())
+    }
+}
+
+/// Every socket that a broker listens on, bound before anything else happens.
+struct Listeners {
+    edge: tokio::net::TcpListener,
+    web: TcpListener,
+    peer: TcpListener,
+    ops: tokio::net::TcpListener,
+}
+
+impl Listeners {
+    fn bind(config: &Valid) -> Result<Self, Error> {
+        let bind = |listener, address: std::net::SocketAddr| {
+            let failed = |source| Error::Listen { listener, address: address.to_string(), source };
+            let socket = TcpListener::bind(address).map_err(failed)?;
+            socket.set_nonblocking(true).map_err(failed)?;
+            Ok::<_, Error>(socket)
+        };
+        let tokio = |listener, address| {
+            let socket = bind(listener, address)?;
+            tokio::net::TcpListener::from_std(socket)
+                .map_err(|source| Error::Listen { listener, address: address.to_string(), source })
+        };
+        Ok(Self {
+            edge: tokio("edge", config.edge.bind)?,
+            web: bind("web", config.web.bind)?,
+            peer: bind("peer", config.peer.bind)?,
+            ops: tokio("ops", config.ops.bind)?,
+        })
+    }
+}
+
+/// Looks up `peer_via` by the address that a node advertises.
+fn dial_override(config: &Valid, home: &Home, time: &ClusterTime) -> Option<selvedge_cluster::DialOverride> {
+    if config.peer_via.is_empty() {
+        return None;
+    }
+    let via = config.peer_via.clone();
+    let seeds: BTreeMap<u64, String> = home.seeds.iter().map(|seed| (seed.node, seed.peer.clone())).collect();
+    let time = time.clone();
+    Some(Arc::new(move |node| {
+        let broker = time.0.get().and_then(|cluster| cluster.state().broker(node));
+        let advertised = broker.map(|broker| broker.peer).filter(|peer| !peer.is_empty());
+        via.get(&advertised.or_else(|| seeds.get(&node).cloned())?).cloned()
+    }))
+}
+
+/// Makes the cluster: the first command, and the certificate that was signed before there was a log.
+async fn initialise(
+    cluster: &Cluster,
+    config: &Valid,
+    first: &First,
+    anchors: &Anchors,
+) -> Result<Option<String>, Error> {
+    // A start that was cut short may have come further than its own notes say.
+    if cluster.status().last_log.is_some() {
+        cluster.linearizable(START_STEP).await?;
+        if cluster.state().cluster().is_some() {
+            return Ok(None);
+        }
+    }
+    let secret = format!("svt_{}", base64::Engine::encode(&base64::prelude::BASE64_URL_SAFE_NO_PAD, random_bytes::<32>()));
+    cluster.initialize(first.command(anchors, &secret)).await?;
+    propose_first(cluster, Actor::BOOTSTRAP, Body::PutBroker(description(cluster, config))).await?;
+    let certificate = first.certificate.clone();
+    let issued = CertificateIssued {
+        serial: certificate.serial,
+        subject: certificate.subject,
+        key_sha256: certificate.key_sha256,
+        not_after_ms: certificate.not_after_ms,
+        of: Subject::Broker(cluster.node()),
+    };
+    propose_first(cluster, Actor::BOOTSTRAP, Body::CertificateIssued(issued)).await?;
+    Ok(Some(secret))
+}
+
+async fn propose_first(cluster: &Cluster, actor: Actor, body: Body) -> Result<(), Error> {
+    cluster.propose(actor, body, None).await.map(drop).map_err(|error| Error::Initialise(Box::new(error)))
+}
+
+fn description(cluster: &Cluster, config: &Valid) -> PutBroker {
+    let roles = [BrokerRole::Voter, BrokerRole::Issuer, BrokerRole::Web, BrokerRole::Edge];
+    PutBroker {
+        node: cluster.node(),
+        name: config.name.clone(),
+        region: config.region.clone(),
+        host: config.host.clone(),
+        edge: config.edge.advertised(),
+        web: config.web.advertised(),
+        peer: config.peer.advertised(),
+        roles: roles.map(|role| role as i32).into(),
+    }
+}
+
+/// Becomes a member when this broker is none yet, and says what it is. Tried until it works: a broker may start before
+/// the others do.
+async fn register(cluster: &Cluster, config: &Valid, home: &Home) -> Result<(), Error> {
+    let via = |seed: &Seed| config.peer_via.get(&seed.peer).unwrap_or(&seed.peer).clone();
+    let seeds: Vec<String> = home.seeds.iter().map(via).collect();
+    loop {
+        let status = cluster.status();
+        let own = status.members.iter().find(|member| member.node == cluster.node());
+        let step = async {
+            match own {
+                None if !seeds.is_empty() => cluster.join(&seeds, &config.peer.advertised()).await.map_err(|e| e.to_string()),
+                _ => Ok(()),
+            }?;
+            let body = Body::PutBroker(description(cluster, config));
+            cluster.propose(Actor::BROKER, body, None).await.map_err(|error| error.to_string())?;
+            let voter = own.is_some_and(|member| member.voter);
+            if voter || seeds.is_empty() { Ok(()) } else { cluster.promote(cluster.node()).await.map_err(|e| e.to_string()) }
+        };
+        match step.await {
+            Ok(()) => return Ok(()),
+            Err(error) => tracing::info!(error, "not registered yet; trying again"),
+        }
+        tokio::time::sleep(REGISTER_RETRY).await;
+    }
+}
+
+/// One record for each session that an earlier boot of this broker left open.
+async fn record_lost_sessions(log: &Log) {
+    let scan = log.clone();
+    let lost = tokio::task::spawn_blocking(move || lost_sessions(&scan)).await.unwrap_or_default();
+    for (session, stream) in lost {
+        if let Err(error) = log.append(&Record::SessionLost(SessionLost { session, stream: stream.to_string() })) {
+            tracing::warn!(%error, "a lost session was not recorded");
+        }
+    }
+}
+
+/// Sessions that the stream before this one left open, or took over as open.
+fn lost_sessions(log: &Log) -> BTreeMap<String, StreamId> {
+    let own = log.stream();
+    let mut open = BTreeMap::new();
+    let streams = selvedge_storage::audit::streams(log.journal().root()).unwrap_or_default();
+    let last = streams.into_iter().filter(|stream| stream.broker == own.broker && stream.boot < own.boot).max();
+    let Some(stream) = last else { return open };
+    let Ok(mut reader) = log.journal().reader(stream, 1) else { return open };
+    while let Ok(Some(stored)) = reader.read_next() {
+        match serde_json::from_slice(stored.body()) {
+            Ok(Record::SessionOpen(record)) => drop(open.insert(record.session, stream)),
+            Ok(Record::SessionClose(record)) => drop(open.remove(&record.session)),
+            _ => {}
+        }
+    }
+    open
+}
+
+fn web_certificates(
+    config: &Valid,
+    issuer: Option<Arc<Issuer>>,
+    time: &ClusterTime,
+) -> Result<Arc<web::Certificates>, Error> {
+    let files = match (&config.web.certificate, &config.web.key) {
+        (Some(certificate), Some(key)) => Some(web::Files { certificate: certificate.clone(), key: key.clone() }),
+        _ => None,
+    };
+    let hosts = vec![config.host.clone(), config.web.bind.ip().to_string()];
+    Ok(Arc::new(web::Certificates::new(files, issuer, hosts, time.source())?))
+}
