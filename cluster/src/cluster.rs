@@ -77,13 +77,17 @@ impl Cluster {
 
     /// Makes this broker the first voter of a new cluster, and writes the first command. Once, on an empty directory.
     ///
-    /// **Errors**: [`Error::Initialize`] when this broker has a log already or the command is refused.
+    /// **Errors**: [`Error::Initialize`] when the cluster was initialised before or the command is refused.
     pub async fn initialize(&self, init: InitCluster) -> Result<Done, Error> {
         if init.cluster_id != self.core.cluster_id {
             return Err(Error::Initialize("the cluster id is not the one this broker was started with".to_owned()));
         }
-        let members = BTreeSet::from([self.core.node]);
-        self.core.raft.initialize(members).await.map_err(|error| Error::Initialize(error.to_string()))?;
+        // A start that was interrupted between the two goes on here; a second one is refused by the log.
+        let raft = &self.core.raft;
+        if !raft.is_initialized().await.map_err(|error| Error::Raft(error.to_string()))? {
+            let members = BTreeSet::from([self.core.node]);
+            raft.initialize(members).await.map_err(|error| Error::Initialize(error.to_string()))?;
+        }
         let done = self.core.propose_first(Body::InitCluster(init)).await;
         done.map_err(|error| Error::Initialize(error.to_string()))
     }

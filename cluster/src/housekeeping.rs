@@ -64,8 +64,13 @@ fn end_suspicion(core: &Core) {
     let Some(suspect) = core.log.log().suspect() else { return };
     core.raft.runtime_config().elect(false);
     let committed = core.raft.data_metrics().borrow_watched().local_committed.as_ref().map(|id| id.index);
-    if committed.is_some_and(|committed| committed > suspect) {
-        tracing::info!(suspect, "a leader has brought this broker past the end of the log that it lost");
+    // Alone, there is nobody to whom the lost end was acknowledged.
+    let alone = core.voters() == [core.node];
+    if alone || committed.is_some_and(|committed| committed > suspect) {
+        tracing::info!(
+            suspect,
+            "a leader has brought this broker past the end of the log that it lost, or it is alone"
+        );
         core.log.log().clear_suspect(Box::new(|_| ()));
         core.raft.runtime_config().elect(true);
     }

@@ -183,6 +183,7 @@ pub fn init(cluster_id: [u8; 16]) -> InitCluster {
 impl Broker {
     /// Writes where this broker listens into the registry.
     pub async fn register(&self) {
+        until("it has the cluster's state", || self.cluster.state().cluster().is_some()).await;
         let put = PutBroker {
             node: self.node,
             name: format!("broker-{}", self.node),
@@ -193,7 +194,7 @@ impl Broker {
             peer: self.address.clone(),
             roles: vec![1],
         };
-        self.cluster.propose(Actor::BROKER, Body::PutBroker(put), None).await.unwrap();
+        self.cluster.propose(self.owner(), Body::PutBroker(put), None).await.unwrap();
     }
 
     /// Makes a token, as the first owner.

@@ -107,3 +107,11 @@ async fn a_restart_from_disk_keeps_everything() {
     assert_eq!(broker.cluster.status().position, before.position);
     broker.create_token("more").await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_is_initialised_once() {
+    let setup = Setup::new();
+    let first = setup.first().await;
+    let again = first.cluster.initialize(crate::brokers::init(setup.cluster_id)).await;
+    assert!(again.unwrap_err().to_string().contains("initialised before"));
+}
