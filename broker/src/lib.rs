@@ -7,3 +7,6 @@
 pub mod audit;
 pub mod issuer;
 pub mod relay;
+pub mod decision;
+pub mod edge;
+pub mod routing;

@@ -1,0 +1,223 @@
+//! Carries an admitted session: dials, stitches, looks after its timers, and records its end.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use rustix::time::{ClockId, clock_gettime};
+use selvedge_domain::Id;
+use selvedge_domain::path::{BetterBroker, Pair};
+use selvedge_domain::rows::Segment;
+use selvedge_proto::control::from_broker::Message as Out;
+use selvedge_proto::control::{Open, Opened};
+use selvedge_proto::frame::SessionCode;
+use selvedge_proto::identity::{Kind, SpiffeId};
+use tracing::Instrument as _;
+
+use super::ends::End;
+use super::listener::OPEN_TIMEOUT;
+use super::opens::{self, Admitted};
+use super::sessions::{Session, next_look};
+use super::tickets::Hop;
+use super::{Edge, dial, metrics, push};
+use crate::audit::{Record, SessionClose};
+use crate::relay::{Closed, Flow, Why};
+
+/// How a session came to its end.
+enum Ended {
+    /// It was carried.
+    Carried(Closed),
+    /// It did not begin.
+    Failed(SessionCode),
+}
+
+/// Runs an admitted session to its end.
+pub(super) async fn carry(edge: &Arc<Edge>, end: &Arc<End>, open: &Open, admitted: Admitted) {
+    let Admitted { entered, mut hop, choice, segment, record, begun } = admitted;
+    let session = entered.session.clone();
+    let durable = tokio::spawn(record.durable());
+    let pairs: Vec<Pair> = choice.chosen.into_iter().chain(choice.second).collect();
+    let better = choice.better_broker;
+    let opening = Opening { edge, end, open, session: &session, segment: &segment, better, begun };
+    let ended = opening.run(&pairs, &mut hop, durable).await;
+    if let (Some(code), Some(connector)) = (session.cut_code(), session.connector()) {
+        dial::abandon(edge, &session, connector, code);
+    }
+    // Out of the indexes, and over for whoever waits for the cut, before the record says so.
+    drop(entered);
+    let why = match &ended {
+        Ended::Carried(closed) => why_of(&session, closed),
+        Ended::Failed(code) => code.as_str(),
+    };
+    if let Ended::Failed(code) = ended {
+        tracing::Span::current().record("code", code.as_str());
+        opens::refuse(end, open, code, String::new(), 0);
+    }
+    let closed = SessionClose {
+        session: session.name(),
+        why: why.to_owned(),
+        up_bytes: session.counters.up_bytes(),
+        down_bytes: session.counters.down_bytes(),
+        duration_ms: session.started.elapsed().as_millis() as u64,
+    };
+    tracing::debug!(why, up = closed.up_bytes, down = closed.down_bytes, "a session is over");
+    // The log says so when the journal does not accept; `session.lost` tells it at the next boot.
+    let _ = edge.audit.append(&Record::SessionClose(closed));
+}
+
+fn why_of(session: &Session, closed: &Closed) -> &'static str {
+    match (closed.why, session.cut_code(), session.reported()) {
+        (Why::Cut, Some(code), _) | (_, None, Some(code)) => code.as_str(),
+        (why, ..) => why.as_str(),
+    }
+}
+
+struct Opening<'a> {
+    edge: &'a Arc<Edge>,
+    end: &'a Arc<End>,
+    open: &'a Open,
+    session: &'a Arc<Session>,
+    segment: &'a Segment,
+    better: Option<BetterBroker>,
+    begun: Instant,
+}
+
+impl Opening<'_> {
+    async fn run(
+        &self,
+        pairs: &[Pair],
+        client: &mut super::tickets::Awaited,
+        durable: tokio::task::JoinHandle<Result<(), crate::audit::Error>>,
+    ) -> Ended {
+        let (edge, session) = (self.edge, self.session);
+        let mut durable = Some(durable);
+        let mut waiting: Option<Hop> = None;
+        let mut last = SessionCode::Unavailable;
+        for (nth, pair) in pairs.iter().enumerate() {
+            if nth > 0 {
+                metrics::second_choice();
+                edge.sessions.set_connector(session, pair.connector);
+            }
+            let dialed = dial::dial(edge, session, self.segment, pair.connector)
+                .instrument(tracing::debug_span!("dial", connector = %pair.connector))
+                .await;
+            let connector = match dialed {
+                Ok(hop) => hop,
+                Err(code) => {
+                    last = code;
+                    if session.cut.is_cancelled() {
+                        break;
+                    }
+                    continue;
+                }
+            };
+            if waiting.is_none() {
+                let left = OPEN_TIMEOUT.saturating_sub(self.begun.elapsed());
+                waiting = tokio::time::timeout(left, client.hop()).await.ok().flatten();
+            }
+            let Some(hop) = waiting.take() else {
+                last = SessionCode::HopTimeout;
+                dial::abandon(edge, session, pair.connector, last);
+                break;
+            };
+            // Durable before the first byte; the sync has had the whole dial.
+            if let Some(durable) = durable.take()
+                && !matches!(durable.await, Ok(Ok(())))
+            {
+                last = SessionCode::Busy;
+                dial::abandon(edge, session, pair.connector, last);
+                break;
+            }
+            if session.cut.is_cancelled() || !edge.ground.lease_open() {
+                last = if session.cut.is_cancelled() { SessionCode::Refused } else { SessionCode::Stale };
+                dial::abandon(edge, session, pair.connector, last);
+                break;
+            }
+            if !self.opened(pair.connector) {
+                last = SessionCode::PeerGone;
+                dial::abandon(edge, session, pair.connector, last);
+                break;
+            }
+            let raw = hop.raw.clone();
+            let closed = self.stitch(hop, connector).await;
+            match closed {
+                Closed { client: Some(stream), why, .. } if nth + 1 < pairs.len() && !session.cut.is_cancelled() => {
+                    tracing::info!(connector = %pair.connector, why = why.as_str(), "a connector failed; the second is tried");
+                    dial::abandon(edge, session, pair.connector, SessionCode::Unavailable);
+                    waiting = Some(Hop { stream, hello_len: raw.len(), raw });
+                    last = SessionCode::Unavailable;
+                }
+                closed => return Ended::Carried(closed),
+            }
+        }
+        if session.cut.is_cancelled() {
+            last = SessionCode::Refused;
+        }
+        Ended::Failed(last)
+    }
+
+    /// Tells the client whom it will meet. False when its control stream is gone.
+    fn opened(&self, connector: Id) -> bool {
+        let Ok(connector) = SpiffeId::new(self.edge.anchors.trust_domain(), Kind::Connector, &connector.to_string())
+        else {
+            return false;
+        };
+        let state = self.edge.ground.state();
+        let better = self.better.and_then(|better| state.broker(better.node));
+        metrics::opened(self.begun.elapsed());
+        metrics::open("opened");
+        self.end.send(Out::Opened(Opened {
+            request: self.open.request,
+            session: self.session.id.to_be_bytes().to_vec(),
+            connector: connector.to_string(),
+            better: better.map(|broker| push::wire_broker(&state, broker)),
+        }))
+    }
+
+    /// Moves bytes until the session ends, and looks at it whenever one of its times has come.
+    async fn stitch(&self, client: Hop, connector: Hop) -> Closed {
+        let (edge, session) = (self.edge, self.session);
+        session.carried.store(true, Ordering::Relaxed);
+        let flow = Flow {
+            client: client.stream,
+            connector: connector.stream,
+            preface: client.raw,
+            gate: edge.gate.clone(),
+            counters: session.counters.clone(),
+            cut: session.cut.clone(),
+            answer_within: Some(dial::READY_TIMEOUT),
+        };
+        let carried_ms = boottime_ms();
+        let run = edge.relay.run(flow);
+        tokio::pin!(run);
+        loop {
+            let quiet = Duration::from_millis(
+                boottime_ms().saturating_sub(session.counters.active_at_ms().max(carried_ms)),
+            );
+            let verdict_left_ms = session.good_until_ms.load(Ordering::Relaxed).saturating_sub(edge.ground.now_ms());
+            let age = session.started.elapsed();
+            let look = next_look(age, quiet, self.segment.idle_ms, self.segment.absolute_ms, verdict_left_ms);
+            tokio::select! {
+                closed = &mut run => return closed,
+                () = tokio::time::sleep(look), if !session.cut.is_cancelled() => self.look(carried_ms),
+            }
+        }
+    }
+
+    fn look(&self, carried_ms: u64) {
+        let (edge, session, segment) = (self.edge, self.session, self.segment);
+        let quiet_ms = boottime_ms().saturating_sub(session.counters.active_at_ms().max(carried_ms));
+        let age_ms = session.started.elapsed().as_millis() as u64;
+        let over = |limit_ms: u64, passed_ms: u64| limit_ms > 0 && passed_ms >= limit_ms;
+        if over(segment.absolute_ms, age_ms) || over(segment.idle_ms, quiet_ms) {
+            session.cut_for(SessionCode::Expired);
+        } else if session.good_until_ms.load(Ordering::Relaxed) <= edge.ground.now_ms() {
+            edge.judge_again(session, &edge.ground.state(), true);
+        }
+    }
+}
+
+fn boottime_ms() -> u64 {
+    let now = clock_gettime(ClockId::Boottime);
+    now.tv_sec as u64 * 1_000 + now.tv_nsec as u64 / 1_000_000
+}
