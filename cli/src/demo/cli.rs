@@ -92,6 +92,7 @@ impl Cli {
     /// Runs a command that must succeed and print JSON.
     pub async fn json<A: AsRef<str>>(&self, arguments: &[A]) -> anyhow::Result<Value> {
         let text = self.ok(arguments).await?;
-        serde_json::from_str(&text).with_context(|| format!("not JSON: `{}`", text.chars().take(200).collect::<String>()))
+        serde_json::from_str(&text)
+            .with_context(|| format!("not JSON: `{}`", text.chars().take(200).collect::<String>()))
     }
 }

@@ -27,8 +27,12 @@ impl Home {
         let lock = only_one.then(take_lock).transpose()?;
         let prefix = if keep { format!("kept-{}", dir_prefix()) } else { dir_prefix() };
         let dir = std::env::temp_dir().join(format!("{prefix}{:08x}", rand::random::<u32>()));
-        std::fs::DirBuilder::new().mode(0o700).create(&dir).with_context(|| format!("cannot make `{}`", dir.display()))?;
-        let in_use = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(dir.join("in-use"))?;
+        std::fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&dir)
+            .with_context(|| format!("cannot make `{}`", dir.display()))?;
+        let in_use =
+            OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(dir.join("in-use"))?;
         rustix::fs::flock(&in_use, FlockOperation::NonBlockingLockExclusive)?;
         let mut home = Self { dir, _in_use: in_use, lock, keep };
         if let Some((_, file)) = &mut home.lock {
@@ -105,7 +109,8 @@ fn take_lock() -> anyhow::Result<(PathBuf, File)> {
             );
         }
         // Whoever held it may have removed it between the two calls above.
-        let same = std::fs::metadata(&path).is_ok_and(|there| file.metadata().is_ok_and(|held| held.ino() == there.ino()));
+        let same =
+            std::fs::metadata(&path).is_ok_and(|there| file.metadata().is_ok_and(|held| held.ino() == there.ino()));
         if same {
             return Ok((path, file));
         }

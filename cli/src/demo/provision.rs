@@ -64,7 +64,8 @@ impl World {
         let [first, others @ ..] = Region::ALL;
         let config = text(&self.broker(first).config);
         let root_key = text(&self.dir().join("root.key"));
-        let init = ["cluster", "init", "--config", &config, "--trust-domain", TRUST_DOMAIN, "--root-key-out", &root_key];
+        let init =
+            ["cluster", "init", "--config", &config, "--trust-domain", TRUST_DOMAIN, "--root-key-out", &root_key];
         let made = self.cli.json(&[init.as_slice(), &["--json"]].concat()).await?;
         let pin = made["pin"].as_str().context("`cluster init` says no pin")?;
         self.pin = pin.parse()?;
@@ -146,7 +147,13 @@ impl World {
     }
 
     /// Enrols a device of a person, or the workload, in a region.
-    pub async fn enrol_seat(&mut self, name: &str, whose: &str, region: Region, next_link: &mut u16) -> anyhow::Result<()> {
+    pub async fn enrol_seat(
+        &mut self,
+        name: &str,
+        whose: &str,
+        region: Region,
+        next_link: &mut u16,
+    ) -> anyhow::Result<()> {
         let kind = if whose == BILLING { "workload" } else { "device" };
         let secret = self.secret(kind, name, whose, 1).await?;
         let state = self.dir().join("clients").join(name);
@@ -166,17 +173,16 @@ impl World {
         arguments.extend([apps::CRM.0.into(), apps::CRM.1.to_string().into()]);
         until("the first answer of an application", FIRST_SESSION_LIMIT, async || {
             let ran = self.cli.run(arguments.clone(), b"GET / HTTP/1.1\r\nhost: crm.internal\r\n\r\n").await?;
-            if ran.text().contains("200 OK") { Ok(()) } else { bail!("{}{}", ran.err.trim_end(), ran.text().trim_end()) }
+            if ran.text().contains("200 OK") {
+                Ok(())
+            } else {
+                bail!("{}{}", ran.err.trim_end(), ran.text().trim_end())
+            }
         })
         .await
     }
 
-    async fn end_links(
-        &mut self,
-        region: Region,
-        farther: Duration,
-        next_link: &mut u16,
-    ) -> anyhow::Result<[Link; 3]> {
+    async fn end_links(&mut self, region: Region, farther: Duration, next_link: &mut u16) -> anyhow::Result<[Link; 3]> {
         let mut links = Vec::new();
         for at in 0..self.brokers.len() {
             let (to, edge) = (self.brokers[at].region, self.brokers[at].edge);

@@ -59,7 +59,11 @@ fn write(text: &mut String, world: &World, listeners: &[Listener], keep: bool) -
         writeln!(text, "  connector  {:<12} in {}, listens on nothing", connector.name, connector.region.name())?;
     }
     writeln!(text, "  receiver   siem         {} writes {}", world.receiver.address(), shown(world.receiver.file()))?;
-    let pairs = [(Region::Frankfurt, Region::Virginia), (Region::Frankfurt, Region::Singapore), (Region::Virginia, Region::Singapore)];
+    let pairs = [
+        (Region::Frankfurt, Region::Virginia),
+        (Region::Frankfurt, Region::Singapore),
+        (Region::Virginia, Region::Singapore),
+    ];
     let distances = pairs.map(|(a, b)| format!("{}-{} {} ms", a.name(), b.name(), 2 * a.delay_to(b).as_millis()));
     writeln!(text, "  distances  {} (there and back)\n", distances.join(", "))?;
     writeln!(text, "  applications (reachable only through a session):")?;

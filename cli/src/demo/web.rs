@@ -73,7 +73,10 @@ impl Directory {
         let at = Moment::now();
         driver.abort();
         if !status.is_success() {
-            bail!("{method} {path}: {status}: {}", String::from_utf8_lossy(&bytes).chars().take(400).collect::<String>());
+            bail!(
+                "{method} {path}: {status}: {}",
+                String::from_utf8_lossy(&bytes).chars().take(400).collect::<String>()
+            );
         }
         Ok(Answer { body: serde_json::from_slice(&bytes).unwrap_or(Value::Null), at })
     }

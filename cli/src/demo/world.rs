@@ -187,7 +187,10 @@ impl World {
     /// Every broker's region that cannot reach the others.
     pub fn partitioned(&self) -> Vec<Region> {
         let alone = |region: &Region| {
-            self.peer_links.iter().filter(|(from, to, _)| from == region || to == region).all(|(_, _, link)| link.is_cut())
+            self.peer_links
+                .iter()
+                .filter(|(from, to, _)| from == region || to == region)
+                .all(|(_, _, link)| link.is_cut())
         };
         Region::ALL.into_iter().filter(alone).collect()
     }
@@ -202,7 +205,10 @@ impl World {
     /// Names of brokers and connectors, and the receiver's.
     pub fn names(&self) -> Vec<String> {
         let brokers = self.brokers.iter().map(|broker| broker.region.name().to_owned());
-        brokers.chain(self.connectors.iter().map(|connector| connector.name.clone())).chain(["receiver".to_owned()]).collect()
+        brokers
+            .chain(self.connectors.iter().map(|connector| connector.name.clone()))
+            .chain(["receiver".to_owned()])
+            .collect()
     }
 
     /// The directory of this run.
@@ -254,7 +260,9 @@ async fn ready(ops: SocketAddr) -> bool {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let work = async {
         let mut socket = tokio::net::TcpStream::connect(ops).await?;
-        socket.write_all(format!("GET /readyz HTTP/1.1\r\nhost: {ops}\r\nconnection: close\r\n\r\n").as_bytes()).await?;
+        socket
+            .write_all(format!("GET /readyz HTTP/1.1\r\nhost: {ops}\r\nconnection: close\r\n\r\n").as_bytes())
+            .await?;
         let mut answer = String::new();
         socket.read_to_string(&mut answer).await?;
         std::io::Result::Ok(answer.starts_with("HTTP/1.1 200"))

@@ -122,7 +122,8 @@ fn received(file: &Path) -> anyhow::Result<BTreeMap<String, BTreeSet<String>>> {
 fn record_of(segment: &[u8], byte: u64) -> anyhow::Result<u64> {
     let mut at = 0;
     loop {
-        let head = segment.get(at as usize..).and_then(|rest| rest.first_chunk::<4>()).context("the byte is in no record")?;
+        let head =
+            segment.get(at as usize..).and_then(|rest| rest.first_chunk::<4>()).context("the byte is in no record")?;
         let next = at + FRAME_HEAD_BYTES + u64::from(u32::from_be_bytes(*head));
         if byte < next {
             return Ok(at);

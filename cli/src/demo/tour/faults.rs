@@ -81,7 +81,11 @@ impl Tour {
         let (next, _) = self.carriers(SEAT).await?;
         ensure!(next != broker, "a dead broker carries sessions");
         self.world.start_broker(broker).await?;
-        Ok(format!("{} died; the next session was answered by way of {} after {broker_loss_ms:.0} ms", broker.name(), next.name()))
+        Ok(format!(
+            "{} died; the next session was answered by way of {} after {broker_loss_ms:.0} ms",
+            broker.name(),
+            next.name()
+        ))
     }
 
     pub(super) async fn region_cut_off(&mut self) -> anyhow::Result<String> {
@@ -148,7 +152,10 @@ impl Tour {
                     }
                 }
                 if Moment::now().ms_since(since) > RECOVERY_LIMIT.as_secs_f64() * 1_000.0 {
-                    return Err(why.take().unwrap_or_else(|| anyhow::anyhow!("no answer")).context("no write was accepted"));
+                    return Err(why
+                        .take()
+                        .unwrap_or_else(|| anyhow::anyhow!("no answer"))
+                        .context("no write was accepted"));
                 }
             }
         };

@@ -76,7 +76,8 @@ struct Tour {
 /// Builds the world and walks the steps in it; only those in `only`, when it names some.
 pub async fn walk(home: &Home, only: &[usize]) -> anyhow::Result<ExitCode> {
     say(&format!("selvedge {} on {}", env!("CARGO_PKG_VERSION"), machine()));
-    let mut seats = vec![("denied".to_owned(), DENIED, Region::Frankfurt), (BILLING.to_owned(), BILLING, Region::Virginia)];
+    let mut seats =
+        vec![("denied".to_owned(), DENIED, Region::Frankfurt), (BILLING.to_owned(), BILLING, Region::Virginia)];
     for region in Region::ALL {
         seats.push((format!("allowed-{}", region.name()), ALLOWED, region));
         seats.push((format!("leaver-{}", region.name()), LEAVER, region));
@@ -287,7 +288,11 @@ async fn fetch(address: SocketAddr, path: &str) -> anyhow::Result<(String, Vec<u
     let end = bytes.windows(4).position(|window| window == b"\r\n\r\n").context("the answer has no end of its head")?;
     let body = bytes.split_off(end + 4);
     let head = String::from_utf8_lossy(&bytes).into_owned();
-    if head.starts_with("HTTP/1.1 200") { Ok((head, body)) } else { bail!("{}", head.lines().next().unwrap_or_default()) }
+    if head.starts_with("HTTP/1.1 200") {
+        Ok((head, body))
+    } else {
+        bail!("{}", head.lines().next().unwrap_or_default())
+    }
 }
 
 /// The first answered byte of a session opened after `since`, tried again until it succeeds.

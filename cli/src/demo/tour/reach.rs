@@ -55,7 +55,9 @@ impl Tour {
         }
         let person = self.nc("allowed-frankfurt", apps::LEDGER, b"balance\n").await?;
         ensure!(person.code == Some(1) && person.out.is_empty(), "a person reaches the ledger: {person:?}");
-        Ok(format!("ledger answers from virginia to singapore in {took_ms:.0} ms, a client started for it; crm, chat and another port do not"))
+        Ok(format!(
+            "ledger answers from virginia to singapore in {took_ms:.0} ms, a client started for it; crm, chat and another port do not"
+        ))
     }
 
     pub(super) async fn interactive(&mut self) -> anyhow::Result<String> {
