@@ -1,5 +1,7 @@
 //! Carries an admitted session: dials, stitches, looks after its timers, and records its end.
 
+use std::io::ErrorKind;
+use std::mem::MaybeUninit;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -12,6 +14,8 @@ use selvedge_proto::control::from_broker::Message as Out;
 use selvedge_proto::control::{Open, Opened};
 use selvedge_proto::frame::SessionCode;
 use selvedge_proto::identity::{Kind, SpiffeId};
+use socket2::SockRef;
+use tokio::net::TcpStream;
 use tracing::Instrument as _;
 
 use super::ends::End;
@@ -133,21 +137,22 @@ impl Opening<'_> {
                 dial::abandon(edge, session, pair.connector, last);
                 break;
             }
-            if !self.opened(pair.connector) {
-                last = SessionCode::PeerGone;
-                dial::abandon(edge, session, pair.connector, last);
-                break;
-            }
             let raw = hop.raw.clone();
-            let closed = self.stitch(hop, connector).await;
-            match closed {
-                Closed { client: Some(stream), why, .. } if nth + 1 < pairs.len() && !session.cut.is_cancelled() => {
-                    tracing::info!(connector = %pair.connector, why = why.as_str(), "a connector failed; the second is tried");
-                    dial::abandon(edge, session, pair.connector, SessionCode::Unavailable);
-                    waiting = Some(Hop { stream, hello_len: raw.len(), raw });
-                    last = SessionCode::Unavailable;
+            match self.stitch(hop, connector, pair.connector).await {
+                (closed, true) => return Ended::Carried(closed),
+                // It failed before it said anything: the client does not know of it yet.
+                (Closed { client, why, .. }, false) => {
+                    tracing::info!(connector = %pair.connector, why = why.as_str(), "a connector failed before its first byte");
+                    last = match why {
+                        Why::ClientFailed | Why::Ended => SessionCode::PeerGone,
+                        _ => session.reported().unwrap_or(SessionCode::Unavailable),
+                    };
+                    dial::abandon(edge, session, pair.connector, last);
+                    waiting = client.map(|stream| Hop { stream, hello_len: raw.len(), raw });
+                    if waiting.is_none() {
+                        break;
+                    }
                 }
-                closed => return Ended::Carried(closed),
             }
         }
         if session.cut.is_cancelled() {
@@ -156,11 +161,11 @@ impl Opening<'_> {
         Ended::Failed(last)
     }
 
-    /// Tells the client whom it will meet. False when its control stream is gone.
-    fn opened(&self, connector: Id) -> bool {
+    /// Tells the client whom it meets.
+    fn opened(&self, connector: Id) {
         let Ok(connector) = SpiffeId::new(self.edge.anchors.trust_domain(), Kind::Connector, &connector.to_string())
         else {
-            return false;
+            return;
         };
         let state = self.edge.ground.state();
         let better = self.better.and_then(|better| state.broker(better.node));
@@ -171,12 +176,16 @@ impl Opening<'_> {
             session: self.session.id.to_be_bytes().to_vec(),
             connector: connector.to_string(),
             better: better.map(|broker| push::wire_broker(&state, broker)),
-        }))
+        }));
     }
 
-    /// Moves bytes until the session ends, and looks at it whenever one of its times has come.
-    async fn stitch(&self, client: Hop, connector: Hop) -> Closed {
+    /// Moves bytes until the session ends, and looks at it whenever one of its times has come. The client is told of the
+    /// connector when that one answers, so a second choice contradicts nothing; answers whether it was.
+    async fn stitch(&self, client: Hop, connector: Hop, id: Id) -> (Closed, bool) {
         let (edge, session) = (self.edge, self.session);
+        let answer = first_answer(&connector.stream);
+        tokio::pin!(answer);
+        let mut told = false;
         session.carried.store(true, Ordering::Relaxed);
         let flow = Flow {
             client: client.stream,
@@ -198,7 +207,24 @@ impl Opening<'_> {
             let age = session.started.elapsed();
             let look = next_look(age, quiet, self.segment.idle_ms, self.segment.absolute_ms, verdict_left_ms);
             tokio::select! {
-                closed = &mut run => return closed,
+                biased;
+                answers = &mut answer, if !told => {
+                    if answers {
+                        self.opened(id);
+                    }
+                    told = answers;
+                    if !answers {
+                        return (run.await, false);
+                    }
+                }
+                closed = &mut run => {
+                    // What came and went between two looks was forwarded.
+                    if !told && session.counters.answered() {
+                        self.opened(id);
+                        told = true;
+                    }
+                    return (closed, told);
+                }
                 () = tokio::time::sleep(look), if !session.cut.is_cancelled() => self.look(carried_ms),
             }
         }
@@ -213,6 +239,24 @@ impl Opening<'_> {
             session.cut_for(SessionCode::Expired);
         } else if session.good_until_ms.load(Ordering::Relaxed) <= edge.ground.now_ms() {
             edge.judge_again(session, &edge.ground.state(), true);
+        }
+    }
+}
+
+/// Waits for a connector's first bytes without taking them; false when it ends or fails instead. Ready at once with true
+/// when the system gives no second handle: then the client is told early.
+fn first_answer(connector: &TcpStream) -> impl Future<Output = bool> + use<> {
+    let twin = SockRef::from(connector).try_clone().and_then(|socket| TcpStream::from_std(socket.into()));
+    async move {
+        let Ok(twin) = twin else { return true };
+        if twin.readable().await.is_err() {
+            return false;
+        }
+        let mut byte = [MaybeUninit::uninit()];
+        match SockRef::from(&twin).peek(&mut byte) {
+            Ok(len) => len > 0,
+            // The relay has taken them.
+            Err(error) => error.kind() == ErrorKind::WouldBlock,
         }
     }
 }

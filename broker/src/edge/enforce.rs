@@ -236,7 +236,8 @@ mod tests {
 
     fn touched(event: Event) -> (Touched, bool) {
         let envelope = Envelope { event: Some(event), ..Envelope::default() };
-        let found = Found::in_events(&State::default(), "demo.test", &[envelope]);
+        let state = State::default();
+        let found = Found::in_events(&state, "demo.test", &[envelope]);
         (found.touched, found.ends)
     }
 

@@ -147,6 +147,14 @@ impl Tickets {
 
     /// Mints tickets for hops that a connector parks, up to [`PARKED_HOPS_MAX`] with those that are parked.
     pub(super) fn mint_parking(&self, key: StreamKey) -> Vec<Ticket> {
+        {
+            let mut inner = self.inner.lock();
+            let Some(stream) = inner.streams.get_mut(&key) else { return Vec::new() };
+            let before = stream.parked.len();
+            stream.parked.retain(|(_, hop)| hop.is_quiet());
+            let gone = before - stream.parked.len();
+            inner.parked -= gone;
+        }
         self.fill(key, PARKED_HOPS_MAX, Slot::Parking)
     }
 
