@@ -1,0 +1,282 @@
+//! The cluster and its brokers.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse as _, Response};
+use selvedge_domain::command::Body;
+use selvedge_domain::rows::{Broker, BrokerRole};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::node_of;
+use crate::web::auth::Caller;
+use crate::web::change::{ChangedInfo, Wanted};
+use crate::web::input::Input;
+use crate::web::{Context, Problem};
+
+/// The cluster as the answering broker sees it.
+#[derive(Serialize, ToSchema)]
+pub(super) struct ClusterView {
+    /// Hex.
+    cluster_id: String,
+    /// Trust domain of every id.
+    trust_domain: String,
+    /// SHA-256 of the issuer's key, hex.
+    pin: String,
+    /// Version of the rules in force.
+    version: u32,
+    /// Epoch of the log.
+    epoch: u32,
+    /// Position of the state here.
+    position: String,
+    /// Hash of the state here, hex.
+    state_hash: String,
+    /// Policy revision.
+    revision: u64,
+    /// Freshness lease, milliseconds.
+    lease_ms: u64,
+    /// Hold, milliseconds.
+    hold_ms: u64,
+    /// Cluster time, milliseconds.
+    now_ms: u64,
+    /// Node id of the answering broker.
+    this: String,
+    /// Node id of the leader, as this broker knows it.
+    leader: Option<String>,
+    /// Raft's term.
+    term: u64,
+    /// Index of the last entry applied here.
+    applied: Option<u64>,
+    /// Index of the last entry in this broker's log.
+    last_log: Option<u64>,
+    /// Index of the last entry enforced here.
+    enforced: Option<u64>,
+    /// What is left of this broker's lease, milliseconds.
+    lease_left_ms: u64,
+    /// This broker may admit and forward.
+    lease_open: bool,
+    /// All brokers, those of the past included.
+    brokers: Vec<BrokerView>,
+}
+
+/// A broker.
+#[derive(Serialize, ToSchema)]
+pub(super) struct BrokerView {
+    /// Node id.
+    node: String,
+    /// Name.
+    name: String,
+    /// Region.
+    region: String,
+    /// Name in TLS.
+    host: String,
+    /// `host:port` of the edge.
+    edge: String,
+    /// `host:port` of the web listener.
+    web: String,
+    /// `host:port` for brokers.
+    peer: String,
+    /// `voter`, `issuer`, `web`, `edge`.
+    roles: Vec<&'static str>,
+    /// `voter`, `learner` or `none`.
+    raft: &'static str,
+    /// It leads.
+    leader: bool,
+    /// It answered this request.
+    this: bool,
+    /// It takes no new sessions.
+    draining: bool,
+    /// It was removed for ever.
+    removed: bool,
+    /// Entries that its log is behind; known to the leader only.
+    lag_entries: Option<u64>,
+    /// Since it last answered the leader, milliseconds; known to the leader only.
+    last_contact_ms: Option<u64>,
+    /// Since when it is a member, cluster time in milliseconds.
+    joined_ms: u64,
+}
+
+/// Members, roles, leader, lag.
+#[utoipa::path(get, path = "/api/v1/cluster", tag = "cluster", responses((status = 200, body = ClusterView)))]
+pub(super) async fn show(State(context): State<Arc<Context>>) -> Json<ClusterView> {
+    let (status, state) = (context.cluster.status(), context.cluster.state());
+    let cluster = state.cluster().unwrap_or_default();
+    let broker = |row: Broker| {
+        let member = status.members.iter().find(|member| member.node == row.node);
+        BrokerView {
+            node: row.node.to_string(),
+            roles: row.roles().filter_map(role_name).collect(),
+            raft: member.map_or("none", |member| if member.voter { "voter" } else { "learner" }),
+            leader: status.leader == Some(row.node),
+            this: status.node == row.node,
+            lag_entries: member.and_then(|member| member.lag_entries),
+            last_contact_ms: member.and_then(|member| member.last_contact_ms),
+            name: row.name,
+            region: row.region,
+            host: row.host,
+            edge: row.edge,
+            web: row.web,
+            peer: row.peer,
+            draining: row.draining,
+            removed: row.removed,
+            joined_ms: row.joined_ms,
+        }
+    };
+    Json(ClusterView {
+        cluster_id: hex::encode(&cluster.cluster_id),
+        trust_domain: cluster.trust_domain,
+        pin: context.anchors.pin().to_string(),
+        version: cluster.version,
+        epoch: status.epoch,
+        position: state.position().to_string(),
+        state_hash: status.state_hash.clone(),
+        revision: cluster.policy_revision,
+        lease_ms: cluster.lease_ms,
+        hold_ms: cluster.hold_ms,
+        now_ms: status.now_ms,
+        this: status.node.to_string(),
+        leader: status.leader.map(|node| node.to_string()),
+        term: status.term,
+        applied: status.applied,
+        last_log: status.last_log,
+        enforced: status.enforced,
+        lease_left_ms: status.lease_left_ms,
+        lease_open: context.cluster.lease().open(),
+        brokers: state.rows::<Broker>().map(broker).collect(),
+    })
+}
+
+fn role_name(role: BrokerRole) -> Option<&'static str> {
+    match role {
+        BrokerRole::Unspecified => None,
+        BrokerRole::Voter => Some("voter"),
+        BrokerRole::Issuer => Some("issuer"),
+        BrokerRole::Web => Some("web"),
+        BrokerRole::Edge => Some("edge"),
+    }
+}
+
+/// Lease and hold of the cluster.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Settings {
+    /// Freshness lease, milliseconds.
+    lease_ms: u64,
+    /// Hold, milliseconds.
+    hold_ms: u64,
+}
+
+/// Changes lease and hold.
+#[utoipa::path(put, path = "/api/v1/cluster/settings", tag = "cluster", request_body = Settings,
+    responses((status = 200, body = ChangedInfo), (status = 422, body = Problem)))]
+pub(super) async fn settings(
+    State(context): State<Arc<Context>>,
+    caller: Caller,
+    wanted: Wanted,
+    Input(settings): Input<Settings>,
+) -> Result<Response, Problem> {
+    let body = Body::PutSettings { lease_ms: settings.lease_ms, hold_ms: settings.hold_ms };
+    let changed = context.change(&caller, &wanted, "cluster.settings", "cluster", body).await?;
+    Ok(changed.answer(StatusCode::OK, changed.info(&context)))
+}
+
+/// Whether a broker drains.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Drain {
+    /// It takes no new sessions.
+    draining: bool,
+}
+
+/// Begins or ends draining a broker.
+#[utoipa::path(post, path = "/api/v1/cluster/brokers/{node}/drain", tag = "cluster", request_body = Drain,
+    params(("node" = String, Path, description = "node id")),
+    responses((status = 200, body = ChangedInfo), (status = 404, body = Problem)))]
+pub(super) async fn drain(
+    State(context): State<Arc<Context>>,
+    Path(node): Path<String>,
+    caller: Caller,
+    wanted: Wanted,
+    Input(drain): Input<Drain>,
+) -> Result<Response, Problem> {
+    let action = if drain.draining { "broker.drain" } else { "broker.undrain" };
+    let body = Body::DrainBroker { node: node_of(&node)?, draining: drain.draining };
+    let changed = context.change(&caller, &wanted, action, &format!("broker/{node}"), body).await?;
+    Ok(changed.answer(StatusCode::OK, changed.info(&context)))
+}
+
+/// Makes a learner a voter, once it has caught up.
+#[utoipa::path(post, path = "/api/v1/cluster/brokers/{node}/promote", tag = "cluster",
+    params(("node" = String, Path, description = "node id")),
+    responses((status = 204), (status = 409, body = Problem)))]
+pub(super) async fn promote(
+    State(context): State<Arc<Context>>,
+    Path(node): Path<String>,
+    caller: Caller,
+) -> Result<Response, Problem> {
+    let result = context.cluster.promote(node_of(&node)?).await;
+    membership_record(&context, &caller, "broker.promote", &node, result.is_ok()).await;
+    result?;
+    Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+/// Removes a broker for ever: its identity is void at once, and it leaves the membership.
+#[utoipa::path(delete, path = "/api/v1/cluster/brokers/{node}", tag = "cluster",
+    params(("node" = String, Path, description = "node id")),
+    responses((status = 200, body = ChangedInfo), (status = 404, body = Problem)))]
+pub(super) async fn remove(
+    State(context): State<Arc<Context>>,
+    Path(node): Path<String>,
+    caller: Caller,
+    wanted: Wanted,
+) -> Result<Response, Problem> {
+    let number = node_of(&node)?;
+    let body = Body::RemoveBroker { node: number };
+    let changed = context.change(&caller, &wanted, "broker.remove", &format!("broker/{node}"), body).await?;
+    let result = context.cluster.remove(number).await;
+    membership_record(&context, &caller, "broker.leave", &node, result.is_ok()).await;
+    result?;
+    Ok(changed.answer(StatusCode::OK, changed.info(&context)))
+}
+
+/// To whom leadership goes.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Transfer {
+    /// Node id; the voter that has the most of the log when absent.
+    #[serde(default)]
+    to: Option<String>,
+}
+
+/// Hands leadership over.
+#[utoipa::path(post, path = "/api/v1/cluster/transfer", tag = "cluster", request_body = Transfer,
+    responses((status = 204), (status = 409, body = Problem)))]
+pub(super) async fn transfer(
+    State(context): State<Arc<Context>>,
+    caller: Caller,
+    Input(transfer): Input<Transfer>,
+) -> Result<Response, Problem> {
+    let to = transfer.to.as_deref().map(node_of).transpose()?;
+    let result = context.cluster.transfer_leader(to).await;
+    let target = transfer.to.unwrap_or_default();
+    membership_record(&context, &caller, "cluster.transfer", &target, result.is_ok()).await;
+    result?;
+    Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+/// Membership is Raft's own and no command of the log, so its record is written here.
+async fn membership_record(context: &Context, caller: &Caller, action: &str, node: &str, done: bool) {
+    let record = crate::audit::AdminChange {
+        actor: caller.label(),
+        actor_name: caller.name.clone(),
+        action: action.to_owned(),
+        target: format!("broker/{node}"),
+        outcome: if done { "done" } else { "failed" }.to_owned(),
+        position: None,
+        source: caller.source.to_string(),
+    };
+    let _ = context.audit.append_durable(&crate::audit::Record::AdminChange(record)).await;
+}

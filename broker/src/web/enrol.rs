@@ -1,0 +1,338 @@
+//! Enrolment: a secret with counted uses, and the proof of a key, become a certificate.
+//!
+//! **Invariant:** the request's proof of possession is checked before anything is proposed, and a certificate is signed
+//! only for an enrolment that is committed.
+//!
+//! **Source** DESIGN "Identity and trust": secrets are bound to role, target, uses and expiry; repeating a request with
+//! the same key is answered the same.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::Json;
+use axum::extract::{Request, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::post;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use prost::Message as _;
+use selvedge_cluster::ProposeError;
+use selvedge_domain::command::{CertificateIssued, Enrol, Subject};
+use selvedge_domain::rows::{Broker, BrokerRole, Device, EnrolKey, EnrolKind, User};
+use selvedge_domain::state::IndexKey;
+use selvedge_domain::{Actor, ActorKind, Body, Id, RejectedCode, State as Applied};
+use selvedge_proto::control::{Brokers, LoginGrant};
+use selvedge_proto::grant::{self, GRANT_VERSION};
+use selvedge_proto::identity::{Anchors, Kind, chain_pem};
+use serde::{Deserialize, Serialize};
+
+use super::api::keys::{Kind as Asked, kind_name};
+use super::auth::Need;
+use super::input::Input;
+use super::limit::{Who, prefix};
+use super::listener::Source;
+use super::metrics::REQUESTS_REFUSED_TOTAL;
+use super::router::Route;
+use super::{Context, EnrolSecret, Problem, sha256};
+use crate::edge::{knock, push};
+use crate::issuer::{Csr, Issued, Issuer};
+
+/// A login by a one-time code is good for so long.
+pub const GRANT_LIFE_MS: u64 = 7 * 24 * 3_600_000;
+
+const ACTOR: Actor = Actor { kind: ActorKind::Enrolment, id: None, generation: 0 };
+
+pub(super) fn routes() -> Vec<Route> {
+    vec![Route { path: "/enrol/v1".to_owned(), need: Need::Nothing, handlers: post(enrol) }]
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct EnrolRequest {
+    secret: String,
+    kind: Asked,
+    #[serde(default)]
+    name: String,
+    csr: String,
+    /// For brokers: the node id, decimal.
+    #[serde(default)]
+    node: Option<String>,
+    /// For brokers: names and addresses that stand in the certificate beside the id.
+    #[serde(default)]
+    hosts: Vec<String>,
+}
+
+/// What was enrolled, and everything that it needs to begin.
+#[derive(Serialize)]
+struct Enrolled {
+    id: String,
+    spiffe: String,
+    chain: Vec<String>,
+    anchors: Anchors,
+    trust_domain: String,
+    cluster_id: String,
+    not_after_ms: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    grant: Option<String>,
+    knock_keys: Vec<String>,
+    brokers: SignedBrokers,
+    hold_ms: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    issuer_sealed: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    peers: Vec<PeerView>,
+}
+
+#[derive(Serialize)]
+struct SignedBrokers {
+    list: String,
+    signature: String,
+    signer: String,
+}
+
+#[derive(Serialize)]
+struct PeerView {
+    node: String,
+    peer: String,
+    host: String,
+}
+
+async fn enrol(State(context): State<Arc<Context>>, request: Request) -> Result<Response, Problem> {
+    let source = request.extensions().get::<Source>().map(|source| source.0);
+    let source = source.ok_or_else(|| Problem::malformed("the caller's address is not known"))?;
+    let who = Who::Enrolments(prefix(source.ip()));
+    context.limiter.take(who, Instant::now()).map_err(|retry_after_s| {
+        ::metrics::counter!(REQUESTS_REFUSED_TOTAL, "reason" => "rate").increment(1);
+        Problem::too_many(retry_after_s)
+    })?;
+    let Input(request) = <Input<EnrolRequest> as axum::extract::FromRequest<_>>::from_request(request, &context).await?;
+    // What is begun is ended, whether or not the caller waits: a use of the secret must lead to its certificate.
+    let task = tokio::spawn(async move { whole(&context, request, source).await });
+    let enrolled = task.await.map_err(|error| Problem::internal(&error))??;
+    Ok((StatusCode::CREATED, Json(enrolled)).into_response())
+}
+
+async fn whole(context: &Context, request: EnrolRequest, source: SocketAddr) -> Result<Enrolled, Problem> {
+    let kind = EnrolKind::from(request.kind);
+    if !EnrolSecret::is_one(&request.secret) {
+        return Err(Problem::invalid("`secret` is not an enrolment secret"));
+    }
+    let node = match (kind, &request.node) {
+        (EnrolKind::Broker, Some(node)) => node.parse().ok().filter(|node| *node != 0),
+        (EnrolKind::Broker, None) => None,
+        _ => Some(0),
+    };
+    let node: u64 = node.ok_or_else(|| Problem::invalid("`node` is the node id of the broker, in decimal"))?;
+    let csr = STANDARD.decode(&request.csr).map_err(|_| Problem::invalid("`csr` is not base64"))?;
+    let proven = Csr::parse(&csr).map_err(|error| Problem::invalid(error.to_string()))?;
+    let issuer = context.issuer.clone().ok_or_else(|| elsewhere(&context.cluster.state()))?;
+
+    let secret_sha256 = sha256(&request.secret);
+    let key_sha256 = proven.spki_sha256();
+    let name = request.name.clone();
+    let body = Body::Enrol(Enrol { secret_sha256, kind: kind as i32, key_sha256, name: name.clone(), node });
+    let result = context.cluster.propose(ACTOR, body, None).await;
+    let key = context.cluster.state().find::<EnrolKey>(IndexKey::secret(&secret_sha256));
+    let unknown = matches!(&result, Err(ProposeError::Refused(refused)) if refused.code == RejectedCode::KeyUnknown);
+    if let Some(key) = key.filter(|_| !unknown) {
+        let target = match &result {
+            Ok(done) => done.ids.last().map_or_else(|| format!("broker/{node}"), |id| format!("{}/{id}", kind_name(kind))),
+            Err(_) => format!("{}:{name}", kind_name(kind)),
+        };
+        let actor = format!("enrolment/{}", key.id());
+        context.record(&actor, &key.name, &source.to_string(), "enrol", &target, &result).await;
+    } else {
+        // A stranger: counted, not recorded.
+        ::metrics::counter!(REQUESTS_REFUSED_TOTAL, "reason" => "credential").increment(1);
+    }
+    let done = result?;
+    let made = Made::of(kind, done.ids.last().copied(), node)?;
+    let issued = certify(context, &issuer, &made, &request.hosts, &csr).await?;
+    answer(context, &issuer, &made, &issued, &request.secret).await
+}
+
+/// What an enrolment made.
+#[derive(Clone, Copy)]
+enum Made {
+    Connector(Id),
+    Workload(Id),
+    Device(Id),
+    Broker(u64),
+}
+
+impl Made {
+    fn of(kind: EnrolKind, id: Option<Id>, node: u64) -> Result<Self, Problem> {
+        match (kind, id) {
+            (EnrolKind::Connector, Some(id)) => Ok(Self::Connector(id)),
+            (EnrolKind::Workload, Some(id)) => Ok(Self::Workload(id)),
+            (EnrolKind::Device, Some(id)) => Ok(Self::Device(id)),
+            (EnrolKind::Broker, _) => Ok(Self::Broker(node)),
+            _ => Err(Problem::conflict("the enrolment made nothing")),
+        }
+    }
+
+    fn kind(self) -> Kind {
+        match self {
+            Self::Connector(_) => Kind::Connector,
+            Self::Workload(_) => Kind::Workload,
+            Self::Device(_) => Kind::Client,
+            Self::Broker(_) => Kind::Broker,
+        }
+    }
+
+    fn id(self) -> String {
+        match self {
+            Self::Connector(id) | Self::Workload(id) | Self::Device(id) => id.to_string(),
+            Self::Broker(node) => node.to_string(),
+        }
+    }
+
+    fn subject(self) -> Subject {
+        match self {
+            Self::Connector(id) => Subject::Connector(id),
+            Self::Workload(id) => Subject::Workload(id),
+            Self::Device(id) => Subject::Device(id),
+            Self::Broker(node) => Subject::Broker(node),
+        }
+    }
+}
+
+/// Signs, and lets the log know before anybody gets the certificate.
+async fn certify(
+    context: &Context,
+    issuer: &Issuer,
+    made: &Made,
+    hosts: &[String],
+    csr: &[u8],
+) -> Result<Issued, Problem> {
+    let now_ms = context.cluster.now_ms();
+    let issued = match made {
+        Made::Broker(_) if !hosts.is_empty() => issuer.issue_broker(&made.id(), hosts, csr, now_ms),
+        _ => issuer.issue(made.kind(), &made.id(), csr, now_ms),
+    };
+    let issued = issued.map_err(|error| match error {
+        crate::issuer::Error::Request(_) | crate::issuer::Error::Host(_) | crate::issuer::Error::Hosts(_) => {
+            Problem::invalid(error.to_string())
+        }
+        other => Problem::internal(&other),
+    })?;
+    let body = Body::CertificateIssued(CertificateIssued {
+        serial: issued.serial.clone(),
+        subject: issued.id.to_string(),
+        key_sha256: issued.spki_sha256,
+        not_after_ms: issued.not_after_ms,
+        of: made.subject(),
+    });
+    context.cluster.propose(Actor::BROKER, body, None).await?;
+    Ok(issued)
+}
+
+async fn answer(
+    context: &Context,
+    issuer: &Issuer,
+    made: &Made,
+    issued: &Issued,
+    secret: &str,
+) -> Result<Enrolled, Problem> {
+    let (state, now_ms) = (context.cluster.state(), context.cluster.now_ms());
+    let cluster = state.cluster().unwrap_or_default();
+    let encoded = |bytes: &[u8]| STANDARD.encode(bytes);
+    let grant = match made {
+        Made::Device(id) => Some(grant_of(&state, issuer, *id, issued, now_ms)?),
+        _ => None,
+    };
+    let (issuer_sealed, peers) = match made {
+        Made::Broker(_) => {
+            let key = sha256(&format!("selvedge issuer seal{secret}"));
+            let sealed = issuer.seal_for(&key).map_err(|error| Problem::internal(&error))?;
+            (Some(encoded(&sealed)), peers(&state, made))
+        }
+        _ => (None, Vec::new()),
+    };
+    let brokers = brokers(context, issuer, &state, now_ms)?;
+    Ok(Enrolled {
+        id: made.id(),
+        spiffe: issued.id.to_string(),
+        chain: issued.chain.iter().map(|certificate| chain_pem(std::slice::from_ref(certificate))).collect(),
+        anchors: (*context.anchors).clone(),
+        trust_domain: cluster.trust_domain,
+        cluster_id: hex::encode(&cluster.cluster_id),
+        not_after_ms: issued.not_after_ms,
+        grant: grant.as_deref().map(encoded),
+        knock_keys: knock::keys_at(&cluster.knock_secret, now_ms).iter().map(|key| encoded(key)).collect(),
+        brokers: SignedBrokers {
+            list: encoded(&brokers.list),
+            signature: encoded(&brokers.signature),
+            signer: encoded(&brokers.signer),
+        },
+        hold_ms: cluster.hold_ms,
+        issuer_sealed,
+        peers,
+    })
+}
+
+/// A login by the one-time code, bound to the device's key.
+fn grant_of(state: &Applied, issuer: &Issuer, device: Id, issued: &Issued, now_ms: u64) -> Result<Vec<u8>, Problem> {
+    let device = state.by_id::<Device>(device).filter(|device| !device.revoked);
+    let user = device.as_ref().and_then(|device| state.by_id::<User>(device.user?)).filter(|user| user.active);
+    let (Some(device), Some(user)) = (device, user) else {
+        return Err(Problem::forbidden("the person or the device was disabled meanwhile"));
+    };
+    let login = LoginGrant {
+        version: GRANT_VERSION,
+        user: user.id().to_string(),
+        user_generation: user.generation,
+        device: device.id().to_string(),
+        device_key_sha256: issued.spki_sha256.to_vec(),
+        login_ms: now_ms,
+        expires_ms: now_ms + GRANT_LIFE_MS,
+        method: "code".to_owned(),
+        directory: user.directory.unwrap_or_default().to_string(),
+        asserted_groups: Vec::new(),
+        epoch: state.position().epoch,
+    };
+    grant::sign(&login, |bytes| issuer.sign_grant(bytes)).map_err(|error| Problem::internal(&error))
+}
+
+fn brokers(context: &Context, issuer: &Issuer, state: &Applied, now_ms: u64) -> Result<Brokers, Problem> {
+    if let Some(signed) = context.edge.as_ref().and_then(|edge| edge.broker_list()) {
+        return Ok(signed);
+    }
+    let list = push::broker_list(state, now_ms).encode_to_vec();
+    let (signature, signer) = issuer.sign_list(&list).map_err(|error| Problem::internal(&error))?;
+    Ok(Brokers { list, signature, signer })
+}
+
+fn peers(state: &Applied, made: &Made) -> Vec<PeerView> {
+    let others = state.rows::<Broker>().filter(|broker| !broker.removed && !broker.peer.is_empty());
+    let others = others.filter(|broker| !matches!(made, Made::Broker(node) if *node == broker.node));
+    others.map(|broker| PeerView { node: broker.node.to_string(), peer: broker.peer, host: broker.host }).collect()
+}
+
+/// This broker is no issuer: names those that are.
+fn elsewhere(state: &Applied) -> Problem {
+    let issuers = state.rows::<Broker>().filter(|broker| !broker.removed && broker.roles().any(|r| r == BrokerRole::Issuer));
+    let addresses: Vec<_> = issuers.map(|broker| format!("`{}` ({})", broker.name, broker.web)).collect();
+    let at = if addresses.is_empty() { "no broker is one".to_owned() } else { addresses.join(", ") };
+    Problem::unavailable("no_issuer", format!("this broker signs no certificates; issuers: {at}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::input::json;
+    use super::*;
+
+    #[test]
+    fn a_request_with_fields_that_are_not_there_is_refused() {
+        for (body, status) in [
+            (r#"{"secret":"x","kind":"owner","csr":""}"#, 422),
+            (r#"{"secret":"x","kind":"device","csr":"","role":"admin"}"#, 422),
+            (r#"{"secret":"x","kind":"device"}"#, 422),
+            ("{", 400),
+        ] {
+            assert_eq!(json::<EnrolRequest>(body.as_bytes()).map(|_| ()).unwrap_err().status, status, "{body}");
+        }
+    }
+}
