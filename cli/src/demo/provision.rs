@@ -19,6 +19,8 @@ use super::world::{ALLOWED, BILLING, CONNECTORS, Connector, DENIED, LEAVER, Seat
 
 /// Longest wait for the first answer of an application through the tunnel.
 const FIRST_SESSION_LIMIT: Duration = Duration::from_secs(60);
+/// Longest wait until every broker votes.
+const VOTERS_LIMIT: Duration = Duration::from_secs(30);
 /// Longest wait for the first administrator's token in the broker's output.
 const TOKEN_LIMIT: Duration = Duration::from_secs(10);
 /// Between two looks at what is waited for.
@@ -86,7 +88,13 @@ impl World {
             self.cli.ok(&["cluster", "join", "--config", &config, "--token", &secret, "--via", &web]).await?;
             self.start_broker(region).await?;
         }
-        Ok(())
+        until("three voters", VOTERS_LIMIT, async || {
+            let status = self.cli.json(&["cluster", "status", "--json"]).await?;
+            let rows = status["brokers"].as_array().into_iter().flatten();
+            let voters = rows.filter(|row| row["raft"] == "voter").count();
+            if voters == Region::ALL.len() { Ok(()) } else { bail!("{voters} brokers vote") }
+        })
+        .await
     }
 
     /// Users and groups, as a directory's provisioning sends them.
