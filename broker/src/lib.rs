@@ -5,8 +5,12 @@
 #![warn(missing_docs)]
 
 pub mod audit;
-pub mod issuer;
-pub mod relay;
+pub mod config;
 pub mod decision;
 pub mod edge;
+pub mod issuer;
+pub mod node;
+pub mod ops;
+pub mod relay;
 pub mod routing;
+pub mod web;

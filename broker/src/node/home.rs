@@ -16,7 +16,7 @@ use super::Error;
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Home {
-    version: u32,
+    pub version: u32,
     /// Trust anchors, with cluster id and trust domain.
     pub anchors: Anchors,
     /// Node id and peer address of brokers that were there when this one joined.

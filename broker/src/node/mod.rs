@@ -27,7 +27,7 @@ use crate::decision::Decider;
 use crate::edge::{self, Edge};
 use crate::issuer::Issuer;
 use crate::ops::Ops;
-use crate::relay::Relay;
+use crate::relay::{RELAY_PIPES_MAX, Relay};
 use crate::routing::Routing;
 use crate::web;
 use home::{First, Home, random_bytes};
@@ -164,7 +164,7 @@ impl Broker {
         });
 
         let not_before = NotBefore::deferred();
-        let hook = Arc::new(edge::Hook::default());
+        let hook = edge::Hook::new();
         let cluster = Cluster::start(Options {
             cluster_id: anchors.cluster_id(),
             preset: config.preset,
@@ -172,10 +172,10 @@ impl Broker {
             tls_server: Arc::new(tls::peer_server(&identity, &anchors, not_before.clone(), &time.source())?),
             tls_client: Arc::new(tls::peer_client(&identity, &anchors, None, not_before.clone(), &time.source())?),
             clock: SystemClock::shared(),
-            enforcer: hook.clone(),
+            enforcer: Arc::new(hook.clone()),
             seeds: home.seeds.iter().map(|seed| (seed.node, seed.peer.clone())).collect(),
             dial: dial_override(&config, &home, &time),
-            services: Some(hook.relay_routes()),
+            services: Some(tonic::service::Routes::new(hook.relay_service())),
             log_limits: LogLimits::default(),
             runtime: None,
             dir,
@@ -209,9 +209,9 @@ impl Broker {
             issuer: issuer.clone(),
             decider: decider.clone(),
             routing: routing.clone(),
-            relay: Relay::default(),
+            relay: Relay::new(RELAY_PIPES_MAX),
         });
-        hook.attach(edge.clone());
+        hook.set(edge.clone());
         let (edge_serving, edge_stop) = (edge.clone(), stop.clone());
         tasks.spawn(async move {
             if let Err(error) = edge_serving.serve(listeners.edge, edge_stop).await {
