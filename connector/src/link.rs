@@ -105,7 +105,7 @@ pub(crate) enum Event {
     /// The stream stands.
     Attached,
     /// A session for this connector.
-    Dial(Dial),
+    Dial(Box<Dial>),
     /// A session to be cut.
     Cut(Cut),
     /// What this connector should check.
@@ -122,7 +122,7 @@ pub(crate) type Events = mpsc::Sender<(Arc<Link>, Event)>;
 /// A broker's answer to one question.
 #[derive(Debug)]
 pub(crate) enum Answer {
-    Opened(Opened),
+    Opened(Box<Opened>),
     Refused(OpenRefused),
     Why(String),
 }
@@ -271,10 +271,10 @@ impl Link {
     ) -> Result<(), Error> {
         use from_broker::Message;
         match message {
-            Message::Opened(opened) => self.answer(opened.request, Answer::Opened(opened)),
+            Message::Opened(opened) => self.answer(opened.request, Answer::Opened(Box::new(opened))),
             Message::OpenRefused(refused) => self.answer(refused.request, Answer::Refused(refused)),
             Message::WhyAnswer(why) => self.answer(why.request, Answer::Why(why.text)),
-            Message::Dial(dial) => self.tell(events, Event::Dial(dial)).await,
+            Message::Dial(dial) => self.tell(events, Event::Dial(Box::new(dial))).await,
             Message::Cut(cut) => self.tell(events, Event::Cut(cut)).await,
             Message::Targets(targets) => self.tell(events, Event::Targets(targets)).await,
             Message::Tickets(tickets) => {

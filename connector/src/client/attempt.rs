@@ -99,7 +99,7 @@ async fn attempt(client: &Client, wish: &Wish, transport: Transport, avoid: Opti
 
 /// What came of `Open` and hop together.
 enum Met {
-    Opened(Opened, io::Result<TlsStream<TcpStream>>),
+    Opened(Opened, io::Result<Box<TlsStream<TcpStream>>>),
     Not(Verdict),
 }
 
@@ -111,7 +111,8 @@ async fn join(client: &Client, wish: &Wish, transport: Transport, begun: Begun) 
     let server = end::server_name(&broker).map_err(|error| Failure::Final(Error::Detached(error.to_string())))?;
     let hop = async {
         let stream = dial::broker(&client.0.options.via, &broker).await?;
-        connector.with_alpn(vec![tls::HOP_ALPN.to_vec(), ticket.alpn()]).connect(server, stream).await
+        let alpn = vec![tls::HOP_ALPN.to_vec(), ticket.alpn()];
+        connector.with_alpn(alpn).connect(server, stream).await.map(Box::new)
     };
     let met = {
         let verdict = answer.verdict();
@@ -141,7 +142,7 @@ async fn join(client: &Client, wish: &Wish, transport: Transport, begun: Begun) 
             return Err(Failure::Retry(node, Error::Detached(reason)));
         }
     };
-    finish(wish, transport, opened, hop).await.map_err(|(session, code)| {
+    finish(wish, transport, opened, *hop).await.map_err(|(session, code)| {
         answer.report(session, code);
         Failure::Final(session_error(code))
     })

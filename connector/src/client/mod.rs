@@ -103,6 +103,10 @@ pub struct Status {
 impl Client {
     /// Reads the state and attaches in the background, or finds the client that runs on it already.
     pub async fn start(options: Options) -> Result<Self, Error> {
+        let state = State::load(&options.state_dir)?;
+        if !matches!(state.spiffe.kind(), Kind::Client | Kind::Workload) {
+            return Err(Error::NotAClient(options.state_dir.display().to_string()));
+        }
         let shutdown = CancellationToken::new();
         let deadline = Instant::now() + GUEST_TIMEOUT;
         let source = loop {
@@ -114,11 +118,6 @@ impl Client {
                 Err(error) => return Err(error.into()),
             }
         };
-        let state = State::load(&options.state_dir)?;
-        if !matches!(state.spiffe.kind(), Kind::Client | Kind::Workload) {
-            shutdown.cancel();
-            return Err(Error::NotAClient(options.state_dir.display().to_string()));
-        }
         let anchors = Arc::new(state.anchors);
         let hop = Hop::load(&options.state_dir, &anchors)?;
         let (source, hop) = (Mutex::new(source), Mutex::new(hop));

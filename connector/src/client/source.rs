@@ -12,6 +12,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
+use tracing::debug;
 
 use super::local::{self, Guest};
 use super::{Error, Status};
@@ -68,7 +69,7 @@ impl Waiting {
                     if let Some(better) = &opened.better {
                         own.remember(target.clone(), better);
                     }
-                    Verdict::Opened(opened)
+                    Verdict::Opened(*opened)
                 }
                 Ok(Answer::Refused(refused)) => Verdict::Refused(refused),
                 Ok(Answer::Why(_)) | Err(_) => Verdict::Lost,
@@ -114,8 +115,20 @@ impl Own {
         }
     }
 
+    /// Asks on the best stream, or on another when that one is lost before it was asked.
     pub(super) async fn begin(self: &Arc<Self>, wish: &Wish, avoid: Option<u64>) -> Result<Begun, Error> {
         let link = self.link(&wish.host, wish.port, avoid).await?;
+        match self.begin_on(&link, wish).await {
+            Err(error) if avoid.is_none() => {
+                debug!(broker = link.broker.name, %error, "not asked there");
+                let other = self.link(&wish.host, wish.port, Some(link.broker.node)).await?;
+                self.begin_on(&other, wish).await
+            }
+            outcome => outcome,
+        }
+    }
+
+    async fn begin_on(self: &Arc<Self>, link: &Arc<Link>, wish: &Wish) -> Result<Begun, Error> {
         let ticket = timeout(TICKET_TIMEOUT, link.ticket())
             .await
             .map_err(|_| Error::Detached("it gave no ticket in time".to_owned()))?
@@ -135,7 +148,11 @@ impl Own {
             })
             .map_err(|error| Error::Detached(error.to_string()))?;
         let target = (wish.host.clone(), wish.port);
-        Ok(Begun { broker: link.broker.clone(), ticket, answer: Waiting::Own(answer, link, self.clone(), target) })
+        Ok(Begun {
+            broker: link.broker.clone(),
+            ticket,
+            answer: Waiting::Own(answer, link.clone(), self.clone(), target),
+        })
     }
 
     pub(super) async fn why(&self, host: &str, port: u16) -> Result<String, Error> {

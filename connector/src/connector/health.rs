@@ -111,7 +111,7 @@ pub(super) async fn run(role: Arc<Role>, shutdown: CancellationToken) {
 
 async fn check_all(role: &Arc<Role>) {
     let wanted = role.health.wanted();
-    let checks = wanted.iter().cloned().map(|key| async {
+    let checks = wanted.into_iter().map(|key| async {
         let rtt_us = check(role, &key).await;
         (key, rtt_us)
     });

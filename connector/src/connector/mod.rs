@@ -143,7 +143,7 @@ impl Role {
                         let _ = link.try_send(from_end::Message::DialAnswer(busy));
                         continue;
                     }
-                    tasks.spawn(session::run(self.clone(), link, dial));
+                    tasks.spawn(session::run(self.clone(), link, *dial));
                 }
                 Event::Cut(cut) => {
                     let entry = session_id(&cut.session).and_then(|id| self.sessions.lock().get(&id).cloned());

@@ -327,7 +327,8 @@ mod tests {
 
     #[test]
     fn a_malformed_dial_says_what_is_wrong() {
-        let cases: [(fn(&mut Dial), &str); 7] = [
+        type Change = fn(&mut Dial);
+        let cases: [(Change, &str); 7] = [
             (|dial| dial.session.truncate(3), "session"),
             (|dial| dial.ticket.clear(), "ticket"),
             (|dial| dial.broker = None, "broker"),
