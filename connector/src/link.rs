@@ -27,7 +27,7 @@ use tokio_rustls::client::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
-use tonic::transport::Endpoint;
+use tonic::transport::{Channel, Endpoint};
 use tracing::{debug, info, warn};
 
 use crate::end::{End, Fence, PROTOCOL};
@@ -146,7 +146,11 @@ pub(crate) struct Link {
 }
 
 /// The receiving half of an attached stream.
-pub(crate) struct Inbound(Streaming<FromBroker>);
+pub(crate) struct Inbound {
+    messages: Streaming<FromBroker>,
+    /// The connection lives as long as this.
+    _client: ControlClient<Channel>,
+}
 
 impl Link {
     /// Connects, attaches and exchanges `Hello`.
@@ -164,7 +168,7 @@ impl Link {
             let mut inbound = client.attach(ReceiverStream::new(messages)).await?.into_inner();
             let first = inbound.message().await?.ok_or(Error::Closed)?;
             check_hello(first, &broker)?;
-            Ok::<_, Error>(inbound)
+            Ok::<_, Error>(Inbound { messages: inbound, _client: client })
         };
         let inbound = timeout(HELLO_TIMEOUT, attach).await.map_err(|_| Error::Silent)??;
         let link = Self {
@@ -182,7 +186,7 @@ impl Link {
             pending: Mutex::new(Some(BTreeMap::new())),
             renewal: Mutex::new(None),
         };
-        Ok((Arc::new(link), Inbound(inbound)))
+        Ok((Arc::new(link), inbound))
     }
 
     /// Serves the stream until it ends, and answers why.
@@ -240,7 +244,7 @@ impl Link {
                     }
                     continue;
                 }
-                message = inbound.0.message() => message?.ok_or(Error::Closed)?,
+                message = inbound.messages.message() => message?.ok_or(Error::Closed)?,
             };
             heard = Instant::now();
             let Some(message) = message.message else { continue };
@@ -445,7 +449,7 @@ impl Link {
     }
 }
 
-async fn open_http2(stream: TlsStream<TcpStream>) -> Result<ControlClient<tonic::transport::Channel>, Error> {
+async fn open_http2(stream: TlsStream<TcpStream>) -> Result<ControlClient<Channel>, Error> {
     let stream = Mutex::new(Some(TokioIo::new(stream)));
     let once = tower::service_fn(move |_| {
         let stream = stream.lock().take().ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected));
