@@ -1,0 +1,91 @@
+//! Logs and traces of a process.
+//!
+//! Logs go to standard error, as text or JSON. Traces go to an OpenTelemetry collector over OTLP (gRPC) when an endpoint
+//! is given; the trace context of a session travels as W3C `traceparent` inside Selvedge's own messages.
+
+use anyhow::{Context as _, bail};
+use clap::ValueEnum;
+use opentelemetry::trace::TracerProvider as _;
+use opentelemetry_otlp::{SpanExporter, WithExportConfig as _};
+use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::propagation::TraceContextPropagator;
+use opentelemetry_sdk::trace::SdkTracerProvider;
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, Layer as _};
+
+/// How logs are written.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub enum Format {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// What a process wants of its telemetry.
+pub struct Options {
+    /// Text or JSON.
+    pub format: Format,
+    /// A filter as `SELVEDGE_LOG` has it.
+    pub filter: Option<String>,
+    /// When no filter is given.
+    pub level: LevelFilter,
+    /// OTLP endpoint.
+    pub otlp: Option<String>,
+    /// `service.name`.
+    pub service: &'static str,
+}
+
+/// Ends with the process; sends what is still queued.
+pub struct Telemetry(Option<SdkTracerProvider>);
+
+/// Sets up logs, and traces when an endpoint is given. Must run inside the runtime.
+pub fn start(options: &Options) -> anyhow::Result<Telemetry> {
+    let filter = match &options.filter {
+        Some(filter) => EnvFilter::try_new(filter).with_context(|| format!("`{filter}` is no filter of log lines"))?,
+        None => EnvFilter::new(options.level.to_string()),
+    };
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
+    let lines = match options.format {
+        Format::Text => lines.with_filter(filter).boxed(),
+        Format::Json => lines.json().with_filter(filter).boxed(),
+    };
+    let provider = options.otlp.as_deref().map(|endpoint| provider(endpoint, options.service)).transpose()?;
+    let traces = provider.as_ref().map(|provider| {
+        // Only Selvedge's own spans; those of libraries would be most of them.
+        let own = Targets::new()
+            .with_target("selvedge_broker", LevelFilter::DEBUG)
+            .with_target("selvedge_connector", LevelFilter::DEBUG)
+            .with_target("selvedge_cluster", LevelFilter::INFO);
+        tracing_opentelemetry::layer().with_tracer(provider.tracer("selvedge")).with_filter(own)
+    });
+    tracing_subscriber::registry().with(lines).with(traces).try_init().context("logging is set up already")?;
+    opentelemetry::global::set_text_map_propagator(TraceContextPropagator::new());
+    Ok(Telemetry(provider))
+}
+
+fn provider(endpoint: &str, service: &'static str) -> anyhow::Result<SdkTracerProvider> {
+    if !endpoint.starts_with("http://") {
+        bail!("the OTLP endpoint `{endpoint}` must begin with `http://`: a collector on this machine or in its pod");
+    }
+    let exporter = SpanExporter::builder().with_tonic().with_endpoint(endpoint).build();
+    let exporter = exporter.with_context(|| format!("cannot use the OTLP endpoint `{endpoint}`"))?;
+    let resource = Resource::builder().with_service_name(service).build();
+    Ok(SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource).build())
+}
+
+impl Telemetry {
+    /// Sends what is queued, for at most some seconds.
+    pub async fn stop(self) {
+        if let Some(provider) = self.0 {
+            let stopped = tokio::task::spawn_blocking(move || provider.shutdown()).await;
+            if let Ok(Err(error)) = stopped {
+                tracing::warn!(%error, "some traces were not sent");
+            }
+        }
+    }
+}

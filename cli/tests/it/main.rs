@@ -1,0 +1,9 @@
+//! The binary as its users run it. Nothing here knows the inside of a crate.
+
+mod access;
+mod bad_input;
+mod commands;
+mod durability;
+mod syslog;
+#[expect(dead_code, reason = "the benchmarks use more of it")]
+mod world;
