@@ -32,6 +32,7 @@ impl Clock for SystemClock {
     }
 }
 
+#[expect(unsafe_code, reason = "the standard library reads neither clock as it is")]
 fn read_ms(clock: libc::clockid_t) -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: `time` is a valid timespec that lives through the call.
