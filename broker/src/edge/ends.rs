@@ -128,16 +128,19 @@ impl End {
     }
 
     /// What one stream is told apart by: a workload has many instances, each with a key.
-    fn slot(&self) -> (String, Option<[u8; 32]>) {
+    fn slot(&self) -> Slot {
         let instance = (self.kind() == Kind::Workload).then_some(self.peer.spki_sha256);
         (self.peer.id.to_string(), instance)
     }
 }
 
+/// SPIFFE id, and for workloads the instance's key.
+type Slot = (String, Option<[u8; 32]>);
+
 #[derive(Default)]
 pub(super) struct Ends {
     next_key: AtomicU64,
-    attached: RwLock<BTreeMap<(String, Option<[u8; 32]>), Arc<End>>>,
+    attached: RwLock<BTreeMap<Slot, Arc<End>>>,
     connectors: RwLock<BTreeMap<Id, Arc<End>>>,
 }
 

@@ -218,7 +218,7 @@ impl Denial<'_> {
             policies: verdict.map(policies_of).unwrap_or_default(),
             position: state.position(),
             revision: verdict.map_or_else(|| selvedge_domain::policy::revision(state), |v| v.revision),
-            simulated: verdict.and_then(|v| simulated(v)),
+            simulated: verdict.and_then(simulated),
             trace: self.trace.clone(),
         }
     }

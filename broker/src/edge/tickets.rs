@@ -133,10 +133,10 @@ impl Tickets {
         let mut inner = self.inner.lock();
         let Some(stream) = inner.streams.remove(&key) else { return };
         inner.parked -= stream.parked.len();
-        for ticket in &stream.unused {
-            inner.slots.remove(ticket);
-        }
-        inner.slots.retain(|_, slot| !matches!(slot, Slot::Came(of, _) if *of == key));
+        inner.slots.retain(|_, slot| match slot {
+            Slot::Unused(of) | Slot::Parking(of) | Slot::Came(of, _) => *of != key,
+            Slot::Awaited(..) => true,
+        });
         inner.count();
     }
 
