@@ -69,6 +69,20 @@ impl Csr {
         identity::sha256(&self.public_key.subject_public_key_info())
     }
 
+    /// Refuses a request that asks to be an authority or for any id. One who enrols does not know an id yet, so this is
+    /// known before a use of the secret is spent.
+    ///
+    /// **Errors**: [`Error::Request`].
+    pub fn check_asks_nothing(&self) -> Result<(), Error> {
+        if self.asks_authority {
+            return Err(Error::Request("it asks to be an authority"));
+        }
+        if !self.asks_names.is_empty() {
+            return Err(Error::Request("it asks for an id; the cluster gives ids"));
+        }
+        Ok(())
+    }
+
     pub(super) fn public_key(&self) -> &SubjectPublicKeyInfo {
         &self.public_key
     }

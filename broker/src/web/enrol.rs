@@ -127,6 +127,7 @@ async fn whole(context: &Context, request: EnrolRequest, source: SocketAddr) -> 
     let node: u64 = node.ok_or_else(|| Problem::invalid("`node` is the node id of the broker, in decimal"))?;
     let csr = STANDARD.decode(&request.csr).map_err(|_| Problem::invalid("`csr` is not base64"))?;
     let proven = Csr::parse(&csr).map_err(|error| Problem::invalid(error.to_string()))?;
+    proven.check_asks_nothing().map_err(|error| Problem::invalid(error.to_string()))?;
     let issuer = context.issuer.clone().ok_or_else(|| elsewhere(&context.cluster.state()))?;
 
     let secret_sha256 = sha256(&request.secret);
