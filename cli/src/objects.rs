@@ -272,12 +272,11 @@ fn is_default(name: &str, value: &Value) -> bool {
 
 /// An object as JSON with `kind` among its fields, as in YAML.
 pub fn json(object: &Object) -> anyhow::Result<serde_json::Value> {
-    let mut fields = match serde_json::to_value(object)? {
-        serde_json::Value::Object(tagged) => tagged.into_iter().next().map(|(_, fields)| fields).unwrap_or_default(),
-        other => other,
-    };
-    fields["kind"] = format!("{:?}", object.key().kind).into();
-    Ok(fields)
+    let mut flat = serde_json::Map::from_iter([("kind".to_owned(), format!("{:?}", object.key().kind).into())]);
+    if let serde_json::Value::Object(tagged) = serde_json::to_value(object)? {
+        flat.extend(tagged.into_iter().filter_map(|(_, fields)| fields.as_object().cloned()).flatten());
+    }
+    Ok(flat.into())
 }
 
 /// A kind as people write it: `segment`, `Segments`, `connector-group`.

@@ -45,7 +45,9 @@ pub fn table(headers: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> a
     for row in rows {
         table.add_row(row.iter().map(|cell| clean(cell)));
     }
-    print(&table.lines().map(|line| format!("{}\n", line.trim_end())).collect::<String>())
+    // The first column's own padding is left out.
+    let flush = |line: String| format!("{}\n", line.strip_prefix(' ').unwrap_or(&line).trim_end());
+    print(&table.lines().map(flush).collect::<String>())
 }
 
 /// A list that the API answered: as JSON whole, or as a table with one column for each (header, JSON pointer).
@@ -63,7 +65,7 @@ pub fn list(answer: &Value, key: &str, columns: &[(&str, &str)], as_json: bool) 
     Ok(())
 }
 
-/// A value in a table. Fields that end in `_ms` and hold a moment are shown by the caller through [`moment`].
+/// A value in a table.
 pub fn cell(value: Option<&Value>) -> String {
     match value {
         None | Some(Value::Null) => "-".to_owned(),

@@ -47,7 +47,8 @@ pub struct Telemetry(Option<SdkTracerProvider>);
 pub fn start(options: &Options) -> anyhow::Result<Telemetry> {
     let filter = match &options.filter {
         Some(filter) => EnvFilter::try_new(filter).with_context(|| format!("`{filter}` is no filter of log lines"))?,
-        None => EnvFilter::new(options.level.to_string()),
+        // Raft's own lines are for whoever debugs it.
+        None => EnvFilter::new(format!("{},openraft={}", options.level, options.level.min(LevelFilter::WARN))),
     };
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
     let lines = match options.format {

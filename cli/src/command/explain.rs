@@ -115,7 +115,7 @@ fn say_recorded(recorded: &Value) -> anyhow::Result<()> {
     let record = &recorded["record"];
     let at = recorded["time_ms"].as_u64().map(output::moment).unwrap_or_default();
     output::line(format_args!(
-        "denied   {at} at revision {}: {}\nrecord   {}/{}\n\nas the policy is now:",
+        "refused     {at} at revision {}: {}\nrecord      {}/{}\n\nas the policy is now:",
         output::cell(record.get("revision")),
         output::cell(record.get("reason")),
         output::cell(recorded.get("stream")),
@@ -127,12 +127,17 @@ fn say(why: &Explanation) -> anyhow::Result<()> {
     let names = |names: &[String]| if names.is_empty() { "none".to_owned() } else { names.join(", ") };
     let verdict = if why.allowed { "allowed" } else { "denied" };
     let mut text = format!("{verdict}: {}\n\n", why.message);
-    let mut put = |name: &str, value: &str| text.push_str(&format!("{name:<10}{value}\n"));
+    let mut put = |name: &str, value: &str| text.push_str(&format!("{name:<12}{value}\n"));
     put("who", &why.principal);
     put("groups", &names(&why.groups));
     put("what", &format!("{}:{} ({})", why.host, why.port, why.transport));
     put("zone", why.zone.as_deref().unwrap_or("none: the name is not private"));
-    put("segment", why.segment.as_deref().unwrap_or("none"));
+    let matched = why.segments.iter().filter(|segment| segment.fate == Fate::Matched).map(|segment| segment.name.as_str());
+    let unreached = || matched.collect::<Vec<_>>().join(", ");
+    match why.segment.clone().unwrap_or_else(unreached) {
+        none if none.is_empty() => put("segment", "none"),
+        segment => put("segment", &segment),
+    }
     for segment in &why.segments {
         let fate = match segment.fate {
             Fate::Matched => "matched",
@@ -217,6 +222,10 @@ pub async fn path(args: Path, global: &Global) -> anyhow::Result<ExitCode> {
             output::cell(candidate.get("why")),
         ]
     };
+    if candidates.is_empty() {
+        output::line("no connector of this segment is known")?;
+        return Ok(exit);
+    }
     let headers = ["broker", "connector", "to broker", "to connector", "to application", "load", "total ms", "why"];
     output::table(&headers, candidates.iter().map(row))?;
     Ok(exit)
