@@ -203,7 +203,7 @@ impl World {
         let web = self.brokers[0].web.to_string();
         self.ok(&["connector", "enrol", "--web", &web, "--secret", &secret, "--name", name, "--state", text(&state)]);
         let config = self.path(&format!("{name}.toml"));
-        let mut toml = format!("state = {state:?}\nname = \"{name}\"\nallow = [\"127.0.0.0/8\"]\n[hosts]\n");
+        let mut toml = format!("state = {state:?}\nname = \"{name}\"\nallow = [\"127.0.0.1\"]\n[hosts]\n");
         for host in hosts {
             writeln!(toml, "\"{host}\" = \"127.0.0.1\"").expect("to a string");
         }
