@@ -55,7 +55,7 @@ impl Cli {
     ) -> anyhow::Result<Ran> {
         let arguments: Vec<OsString> = arguments.into_iter().map(Into::into).collect();
         let shown = arguments.iter().map(|a| a.to_string_lossy()).collect::<Vec<_>>().join(" ");
-        let mut command = process::command(&arguments)?;
+        let mut command = process::command(&arguments);
         let mut child = command
             .env("SELVEDGE_HOME", &self.home)
             .env("NO_COLOR", "1")

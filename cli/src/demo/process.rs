@@ -36,7 +36,7 @@ impl Process {
             return Ok(());
         }
         let out = std::fs::OpenOptions::new().create(true).append(true).open(&self.log)?;
-        let mut command = command(&self.arguments)?;
+        let mut command = command(&self.arguments);
         command
             .envs(self.env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
@@ -111,11 +111,11 @@ impl Process {
 
 /// A command of this binary that dies with the demo, however the demo dies.
 #[allow(unsafe_code)]
-pub fn command(arguments: &[OsString]) -> anyhow::Result<Command> {
-    let binary = std::env::current_exe().context("cannot find this program's own file")?;
+pub fn command(arguments: &[OsString]) -> Command {
     let parent = rustix::process::getpid();
-    let mut command = Command::new(binary);
-    command.args(arguments).kill_on_drop(true);
+    // The very program that runs, also when its file was replaced by a build meanwhile.
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("selvedge").args(arguments).kill_on_drop(true);
     // SAFETY: between fork and exec the closure makes two system calls and allocates nothing.
     unsafe {
         command.pre_exec(move || {
@@ -124,5 +124,5 @@ pub fn command(arguments: &[OsString]) -> anyhow::Result<Command> {
             if rustix::process::getppid() == Some(parent) { Ok(()) } else { Err(std::io::ErrorKind::BrokenPipe.into()) }
         });
     }
-    Ok(command)
+    command
 }

@@ -50,14 +50,14 @@ impl World {
         self.cluster().await?;
         say("a directory pushes three people and a group");
         self.people().await?;
-        say("zones, segments and policies are applied");
-        self.policy().await?;
-        say("connectors enrol and dial out");
-        self.connectors(next_link).await?;
         say("clients and the workload enrol");
         for (name, whose, region) in seats {
             self.enrol_seat(name, whose, *region, next_link).await?;
         }
+        say("zones, segments and policies are applied");
+        self.policy().await?;
+        say("connectors enrol and dial out");
+        self.connectors(next_link).await?;
         say("the first session");
         self.first_session().await
     }

@@ -79,18 +79,14 @@ impl Tour {
         let begins = record_of(&bytes, flipped as u64)?;
         bytes[flipped] ^= 0x01;
         std::fs::write(&segment, &bytes)?;
-        let ran = self.world.cli.run(["audit", "verify", &copied], b"").await?;
-        ensure!(ran.code != Some(0), "a flipped byte is not seen");
-        let said = format!("{}{}", ran.text(), ran.err);
-        let name = segment.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        ensure!(said.contains(&name), "the segment `{name}` is not named: {said}");
-        let named: u64 = said
-            .split_once("byte ")
-            .map(|(_, rest)| rest.chars().take_while(char::is_ascii_digit).collect::<String>())
-            .and_then(|digits| digits.parse().ok())
-            .with_context(|| format!("no position is named: {said}"))?;
-        ensure!(named == begins, "byte {flipped} in the record at {begins} was flipped, and {named} is named");
-        Ok(format!("three journals hold; byte {flipped} flipped in a copy: the record at byte {named} is named"))
+        let ran = self.world.cli.run(["audit", "verify", &copied, "--json"], b"").await?;
+        ensure!(ran.code == Some(1), "a flipped byte is not seen: {}{}", ran.text(), ran.err);
+        let found: serde_json::Value = serde_json::from_slice(&ran.out)?;
+        let expected = json!({ "stream": name_of(segment.parent()), "segment": name_of(Some(&segment)), "offset": begins });
+        for (field, value) in expected.as_object().into_iter().flatten() {
+            ensure!(found[field] == *value, "byte {flipped} of {expected} was flipped, and {found} is named");
+        }
+        Ok(format!("three journals hold; byte {flipped} flipped in a copy: record {} at byte {begins} is named", found["seq"]))
     }
 
     /// Ids of every record in every broker's journal.
@@ -116,6 +112,10 @@ fn received(file: &Path) -> anyhow::Result<BTreeMap<String, BTreeSet<String>>> {
         found.entry(id).or_default().insert(line.to_owned());
     }
     Ok(found)
+}
+
+fn name_of(path: Option<&Path>) -> String {
+    path.and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
 /// Where the record begins that holds a byte, by the frames before it.

@@ -36,8 +36,11 @@ const CLIENT_LIMIT: Duration = Duration::from_secs(30);
 const RECOVERY_LIMIT: Duration = Duration::from_secs(45);
 /// Between two attempts of a measurement.
 const RETRY_EVERY: Duration = Duration::from_millis(20);
-/// How long traffic is watched to tell which links it takes.
+/// How long sessions are watched before something is done to them.
 const WATCH: Duration = Duration::from_millis(600);
+/// The talk that tells which links a session takes.
+const TALK_LINES: usize = 64;
+const TALK_LINE_BYTES: usize = 4_000;
 
 /// The steps, in order.
 const STEPS: [&str; 11] = [
@@ -186,15 +189,12 @@ impl Tour {
         Framing::open(listener, &self.world.apps.heard).await.with_context(|| format!("a session of `{seat}`"))
     }
 
-    /// The broker and the connector that carry a seat's sessions now, told by the traffic of a watched one.
+    /// The broker and the connector that carry a seat's sessions now, told by where the bytes of a talk go.
     async fn carriers(&mut self, seat: &str) -> anyhow::Result<(Region, String)> {
-        let framing = self.framing(seat).await?;
+        let listener = self.listener(seat, apps::CHAT).await?;
         let before = self.traffic(seat)?;
-        tokio::time::sleep(WATCH).await;
+        tokio::time::timeout(ANSWER_LIMIT, talk(listener)).await.context("no answer")??;
         let after = self.traffic(seat)?;
-        if let Some(why) = framing.ended() {
-            bail!("the watched session ended: {why}");
-        }
         let grown = |at: usize| after.0[at] - before.0[at];
         let broker = Region::ALL.into_iter().max_by_key(|region| grown(region.index())).context("no broker")?;
         let connector = self
@@ -276,6 +276,22 @@ async fn echo(address: SocketAddr) -> anyhow::Result<()> {
         if answer == "HELLO" { Ok(()) } else { bail!("`{answer}` is not the answer") }
     };
     tokio::time::timeout(ANSWER_LIMIT, work).await.context("no answer")?
+}
+
+/// A session that moves far more bytes than anything else does meanwhile.
+async fn talk(address: SocketAddr) -> anyhow::Result<()> {
+    let mut socket = TcpStream::connect(address).await?;
+    let (read, mut write) = socket.split();
+    let mut lines = BufReader::new(read).lines();
+    lines.next_line().await?.context("the session ended before the first byte")?;
+    let line = format!("{}\n", "x".repeat(TALK_LINE_BYTES));
+    for _ in 0..TALK_LINES {
+        write.write_all(line.as_bytes()).await?;
+    }
+    for _ in 0..TALK_LINES {
+        lines.next_line().await?.context("the session ended before the answer")?;
+    }
+    Ok(())
 }
 
 /// `GET` of a path; the body.
