@@ -74,7 +74,8 @@ pub(crate) async fn admit(
     }
     let strangers = Who::Failures(prefix(source.ip()));
     context.limiter.peek(strangers, Instant::now()).map_err(rate)?;
-    let secret = bearer(headers).ok_or_else(|| refused("credential", Problem::unauthenticated("a bearer token is needed")))?;
+    let secret =
+        bearer(headers).ok_or_else(|| refused("credential", Problem::unauthenticated("a bearer token is needed")))?;
     let Some(known) = look_up(context, secret).await else {
         // Only guesses cost; who has none is just told.
         let _ = context.limiter.take(strangers, Instant::now());

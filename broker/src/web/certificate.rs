@@ -85,7 +85,10 @@ impl Certificates {
                 "loaded"
             }
             Err(error) => {
-                tracing::warn!(error = &error as &dyn std::error::Error, "the web certificate was not renewed; the old one stays");
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "the web certificate was not renewed; the old one stays"
+                );
                 "failed"
             }
         };

@@ -172,7 +172,8 @@ impl Changed {
             if enforced.complete {
                 headers.insert("preference-applied", HeaderValue::from_static("enforced"));
             }
-            let open: Vec<_> = enforced.open.iter().map(|(node, until_ms)| format!("{node};until={until_ms}")).collect();
+            let open: Vec<_> =
+                enforced.open.iter().map(|(node, until_ms)| format!("{node};until={until_ms}")).collect();
             if let Ok(open) = HeaderValue::from_str(&open.join(", "))
                 && !open.is_empty()
             {
@@ -317,7 +318,10 @@ mod tests {
         ] {
             assert_eq!(wanted(&[("prefer", value)]).unwrap().enforced, expected.map(Duration::from_secs), "{value}");
         }
-        assert_eq!(wanted(&[("prefer", "enforced"), ("prefer", "wait=3")]).unwrap().enforced, Some(Duration::from_secs(3)));
+        assert_eq!(
+            wanted(&[("prefer", "enforced"), ("prefer", "wait=3")]).unwrap().enforced,
+            Some(Duration::from_secs(3))
+        );
     }
 
     #[test]

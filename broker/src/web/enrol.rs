@@ -107,7 +107,8 @@ async fn enrol(State(context): State<Arc<Context>>, request: Request) -> Result<
         ::metrics::counter!(REQUESTS_REFUSED_TOTAL, "reason" => "rate").increment(1);
         Problem::too_many(retry_after_s)
     })?;
-    let Input(request) = <Input<EnrolRequest> as axum::extract::FromRequest<_>>::from_request(request, &context).await?;
+    let Input(request) =
+        <Input<EnrolRequest> as axum::extract::FromRequest<_>>::from_request(request, &context).await?;
     // What is begun is ended, whether or not the caller waits: a use of the secret must lead to its certificate.
     let task = tokio::spawn(async move { whole(&context, request, source).await });
     let enrolled = task.await.map_err(|error| Problem::internal(&error))??;
@@ -139,7 +140,9 @@ async fn whole(context: &Context, request: EnrolRequest, source: SocketAddr) -> 
     let unknown = matches!(&result, Err(ProposeError::Refused(refused)) if refused.code == RejectedCode::KeyUnknown);
     if let Some(key) = key.filter(|_| !unknown) {
         let target = match &result {
-            Ok(done) => done.ids.last().map_or_else(|| format!("broker/{node}"), |id| format!("{}/{id}", kind_name(kind))),
+            Ok(done) => {
+                done.ids.last().map_or_else(|| format!("broker/{node}"), |id| format!("{}/{id}", kind_name(kind)))
+            }
             Err(_) => format!("{}:{name}", kind_name(kind)),
         };
         let actor = format!("enrolment/{}", key.id());
@@ -314,7 +317,8 @@ fn peers(state: &Applied, made: &Made) -> Vec<PeerView> {
 
 /// This broker is no issuer: names those that are.
 fn elsewhere(state: &Applied) -> Problem {
-    let issuers = state.rows::<Broker>().filter(|broker| !broker.removed && broker.roles().any(|r| r == BrokerRole::Issuer));
+    let issuers =
+        state.rows::<Broker>().filter(|broker| !broker.removed && broker.roles().any(|r| r == BrokerRole::Issuer));
     let addresses: Vec<_> = issuers.map(|broker| format!("`{}` ({})", broker.name, broker.web)).collect();
     let at = if addresses.is_empty() { "no broker is one".to_owned() } else { addresses.join(", ") };
     Problem::unavailable("no_issuer", format!("this broker signs no certificates; issuers: {at}"))

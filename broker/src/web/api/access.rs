@@ -218,5 +218,7 @@ pub(super) async fn put_directory(
 
 /// A retry found what the first attempt made; its secret was shown then, or is lost.
 pub(super) fn shown_before() -> Problem {
-    Problem::conflict("an earlier attempt with this key made it, or another caller replaced it since; the secret is not shown again")
+    Problem::conflict(
+        "an earlier attempt with this key made it, or another caller replaced it since; the secret is not shown again",
+    )
 }

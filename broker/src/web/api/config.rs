@@ -221,13 +221,17 @@ fn kind_of_table(number: u32) -> Option<Kind> {
 /// Every configuration object of a state as people write it, by kind and name.
 fn all(state: &Applied) -> Vec<Object> {
     let mut objects: Vec<Object> = Vec::new();
-    objects.extend(state.rows::<rows::Region>().map(|row| {
-        Object::Region(spec::Region { name: row.name, latitude: row.latitude, longitude: row.longitude })
-    }));
+    objects.extend(
+        state.rows::<rows::Region>().map(|row| {
+            Object::Region(spec::Region { name: row.name, latitude: row.latitude, longitude: row.longitude })
+        }),
+    );
     objects.extend(state.rows::<rows::Zone>().map(|row| Object::Zone(spec::Zone { name: row.name })));
-    objects.extend(state.rows::<rows::ConnectorGroup>().map(|row| {
-        Object::ConnectorGroup(spec::ConnectorGroup { name: row.name, region: row.region })
-    }));
+    objects.extend(
+        state
+            .rows::<rows::ConnectorGroup>()
+            .map(|row| Object::ConnectorGroup(spec::ConnectorGroup { name: row.name, region: row.region })),
+    );
     let group = |row: rows::SegmentGroup| Object::SegmentGroup(spec::SegmentGroup { name: row.name });
     objects.extend(state.rows::<rows::SegmentGroup>().map(group));
     objects.extend(state.rows::<rows::Segment>().map(|row| Object::Segment(segment(state, row))));

@@ -185,11 +185,26 @@ fn subject(state: &Applied, text: &str) -> Result<Subject, Problem> {
     let wrong = || Problem::invalid("write `device/ID`, `workload/NAME`, `connector/NAME` or `broker/NAME`");
     let (kind, which) = text.split_once('/').ok_or_else(wrong)?;
     let id = which.parse::<Id>().ok();
-    let missing = || Problem::not_found(format!("`{}` is not there, or the name is not unique", crate::audit::clipped(text)));
+    let missing =
+        || Problem::not_found(format!("`{}` is not there, or the name is not unique", crate::audit::clipped(text)));
     match kind {
-        "device" => Ok(Subject::Device(id.map_or_else(|| only(state.rows::<Device>().filter(|d| !d.revoked && d.name == which).map(|d| d.id())), Some).ok_or_else(missing)?)),
-        "workload" => Ok(Subject::Workload(id.or_else(|| state.find::<Workload>(IndexKey::name(which)).map(|w| w.id())).ok_or_else(missing)?)),
-        "connector" => Ok(Subject::Connector(id.map_or_else(|| only(state.rows::<Connector>().filter(|c| !c.revoked && c.name == which).map(|c| c.id())), Some).ok_or_else(missing)?)),
+        "device" => Ok(Subject::Device(
+            id.map_or_else(
+                || only(state.rows::<Device>().filter(|d| !d.revoked && d.name == which).map(|d| d.id())),
+                Some,
+            )
+            .ok_or_else(missing)?,
+        )),
+        "workload" => Ok(Subject::Workload(
+            id.or_else(|| state.find::<Workload>(IndexKey::name(which)).map(|w| w.id())).ok_or_else(missing)?,
+        )),
+        "connector" => Ok(Subject::Connector(
+            id.map_or_else(
+                || only(state.rows::<Connector>().filter(|c| !c.revoked && c.name == which).map(|c| c.id())),
+                Some,
+            )
+            .ok_or_else(missing)?,
+        )),
         "broker" => {
             let named = || only(state.rows::<Broker>().filter(|b| !b.removed && b.name == which).map(|b| b.node));
             Ok(Subject::Broker(which.parse().ok().or_else(named).ok_or_else(missing)?))

@@ -1,9 +1,9 @@
 //! Events as JSON, for people and scripts. Hashes of secrets are shown as `***`.
 
+use selvedge_domain::Id;
 use selvedge_domain::event::{Envelope, Event};
 use selvedge_domain::rows::{self, AdminRole, BrokerRole, EnrolKind, PolicyMode, Transport};
 use selvedge_domain::state::Table;
-use selvedge_domain::Id;
 use serde_json::{Value, json};
 
 use super::keys::kind_name;
@@ -116,7 +116,9 @@ fn row(event: &Event) -> Value {
             "not_after_ms": r.not_after_ms, "revoked": r.revoked, "generation": r.generation,
         }),
         Event::AvailabilityPut(r) => availability(r),
-        Event::ClientPut(r) => json!({ "id": id(r.id), "node": r.node.to_string(), "boot": format!("{:016x}", r.boot) }),
+        Event::ClientPut(r) => {
+            json!({ "id": id(r.id), "node": r.node.to_string(), "boot": format!("{:016x}", r.boot) })
+        }
         Event::JournalCompacted(r) => json!({ "upto_seq": r.upto_seq }),
     }
 }

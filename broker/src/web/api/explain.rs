@@ -139,15 +139,18 @@ pub(super) async fn path(
     State(context): State<Arc<Context>>,
     Params(asked): Params<Asked>,
 ) -> Result<Json<PathView>, Problem> {
-    let routing =
-        context.routing.as_ref().ok_or_else(|| Problem::unavailable("no_edge", "this broker has no edge; ask another"))?;
+    let routing = context
+        .routing
+        .as_ref()
+        .ok_or_else(|| Problem::unavailable("no_edge", "this broker has no edge; ask another"))?;
     let state = context.cluster.state();
     let (principal, endpoint) = (principal(&state, &asked)?, endpoint(&asked)?);
     let verdict = context.decider.decide(&state, principal, &endpoint, &circumstances(&context, &state));
     // Paths are shown for a denied request too: the segment that the host has, if any.
     let segment = verdict.segment.or_else(|| verdict.matched.first().map(|matched| matched.segment));
     let ends = ends(&context, &state, principal);
-    let choice = segment.map(|segment| routing.candidates(&state, segment, &endpoint, ends.first().map(String::as_str), 0));
+    let choice =
+        segment.map(|segment| routing.candidates(&state, segment, &endpoint, ends.first().map(String::as_str), 0));
     let pair = |pair: Pair| PairView { broker: pair.broker.to_string(), connector: pair.connector.to_string() };
     let better = |better: BetterBroker| BetterView { broker: better.node.to_string(), saves_ms: better.saves_ms };
     Ok(Json(PathView {
@@ -194,7 +197,8 @@ async fn of_denial(context: &Context, denial: String) -> Result<(Asked, Value), 
         return Err(Problem::invalid("`denial` is the id that a refused caller was told"));
     }
     let line = audit::denial(context, denial).await?;
-    let line = line.ok_or_else(|| Problem::not_found("no journal of this broker has this denial; ask another broker"))?;
+    let line =
+        line.ok_or_else(|| Problem::not_found("no journal of this broker has this denial; ask another broker"))?;
     let record = &line["record"];
     let text = |value: &Value| value.as_str().map(str::to_owned);
     let (mut user, mut workload) = (None, None);
@@ -220,7 +224,9 @@ fn principal(state: &Applied, asked: &Asked) -> Result<Principal, Problem> {
         (Some(name), None) => match (state.user_named(name), name.parse::<Id>()) {
             (Ok(user), _) => Ok(Principal::User(user.id())),
             (Err(_), Ok(id)) => Ok(Principal::User(id)),
-            (Err(Unnamed::Unknown), _) => Err(Problem::not_found(format!("there is no user `{}`", crate::audit::clipped(name)))),
+            (Err(Unnamed::Unknown), _) => {
+                Err(Problem::not_found(format!("there is no user `{}`", crate::audit::clipped(name))))
+            }
             (Err(Unnamed::Ambiguous), _) => {
                 Err(Problem::invalid("several directories have this user: write `directory/userName`"))
             }

@@ -15,9 +15,9 @@ use std::sync::Arc;
 
 use selvedge_domain::Id;
 use selvedge_domain::rows::AdminRole;
+use utoipa::openapi::RefOr;
 use utoipa::openapi::path::Paths;
 use utoipa::openapi::schema::Schema;
-use utoipa::openapi::RefOr;
 use utoipa_axum::router::UtoipaMethodRouter;
 use utoipa_axum::routes;
 

@@ -114,23 +114,11 @@ static USER_ATTRIBUTES: &[Attribute] = &[
     Attribute { case_exact: true, read_only: true, ..many("groups") },
 ];
 
-static GROUP_ATTRIBUTES: &[Attribute] = &[
-    ID,
-    EXTERNAL_ID,
-    SCHEMAS,
-    META,
-    text("displayName"),
-    Attribute { case_exact: true, ..many("members") },
-];
+static GROUP_ATTRIBUTES: &[Attribute] =
+    &[ID, EXTERNAL_ID, SCHEMAS, META, text("displayName"), Attribute { case_exact: true, ..many("members") }];
 
-static ENTERPRISE_ATTRIBUTES: &[Attribute] = &[
-    text("employeeNumber"),
-    text("costCenter"),
-    text("organization"),
-    text("division"),
-    text("department"),
-    MANAGER,
-];
+static ENTERPRISE_ATTRIBUTES: &[Attribute] =
+    &[text("employeeNumber"), text("costCenter"), text("organization"), text("division"), text("department"), MANAGER];
 
 /// An attribute, or a part of one, that a caller named.
 #[derive(Clone, Copy, Debug)]

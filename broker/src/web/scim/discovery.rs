@@ -59,7 +59,8 @@ pub(super) fn schema(id: &str, base: &str) -> Option<Value> {
     ]
     .into_iter()
     .find(|(known, ..)| known.eq_ignore_ascii_case(id))?;
-    let required = |attribute: &Attribute| matches!((name, attribute.name), ("User", "userName") | ("Group", "displayName"));
+    let required =
+        |attribute: &Attribute| matches!((name, attribute.name), ("User", "userName") | ("Group", "displayName"));
     // Common attributes stand in no schema.
     let own = attributes.iter().filter(|attribute| !matches!(attribute.name, "id" | "externalId" | "meta" | "schemas"));
     Some(json!({

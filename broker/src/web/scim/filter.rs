@@ -70,7 +70,7 @@ impl Filter {
 
     /// Reads what stands in the brackets of `attribute[...]`; `text` begins after the opening one. Answers the rest
     /// after the closing one too.
-    pub fn parse_within<'t>(text: &'t str, of: Named, resource: Resource) -> Result<(Self, &'t str), Error> {
+    pub fn parse_within(text: &str, of: Named, resource: Resource) -> Result<(Self, &str), Error> {
         if text.len() > FILTER_BYTES_MAX {
             return Err(Error::filter(format!("a filter has at most {FILTER_BYTES_MAX} bytes")));
         }
@@ -331,7 +331,7 @@ fn clip(text: &str) -> String {
 fn check(named: Named, op: Op, value: &Value) -> Result<(), Error> {
     let substring = matches!(op, Op::Co | Op::Sw | Op::Ew);
     let ordered = matches!(op, Op::Gt | Op::Ge | Op::Lt | Op::Le);
-    if substring && !value.as_str().is_some_and(|text| !text.is_empty()) {
+    if substring && value.as_str().is_none_or(str::is_empty) {
         return Err(Error::filter("`co`, `sw` and `ew` need a text that is not empty"));
     }
     if ordered && (value.is_boolean() || value.is_null() || is_flag(named)) {
@@ -352,12 +352,12 @@ fn case_exact(named: Named) -> bool {
     }
 }
 
-fn at<'v>(named: Named, resource: &'v Value) -> Option<&'v Value> {
+fn at(named: Named, resource: &Value) -> Option<&Value> {
     let holder = if named.enterprise { resource.get(ENTERPRISE)? } else { resource };
     holder.get(named.attribute.name)
 }
 
-fn values<'v>(named: Named, resource: &'v Value) -> Vec<&'v Value> {
+fn values(named: Named, resource: &Value) -> Vec<&Value> {
     match at(named, resource) {
         Some(Value::Array(elements)) => elements.iter().filter_map(|element| sub_value(named, element)).collect(),
         Some(value) => sub_value(named, value).into_iter().collect(),
@@ -366,7 +366,7 @@ fn values<'v>(named: Named, resource: &'v Value) -> Vec<&'v Value> {
 }
 
 /// Of an element: the sub-attribute that was named, or its `value`, or itself when it is no object.
-fn sub_value<'v>(named: Named, element: &'v Value) -> Option<&'v Value> {
+fn sub_value(named: Named, element: &Value) -> Option<&Value> {
     match element {
         Value::Object(object) => match named.sub {
             Some(sub) => object.get(sub),

@@ -18,7 +18,7 @@ use std::time::Duration;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, MethodRouter};
+use axum::routing::{MethodRouter, get};
 use selvedge_domain::command::{Body, ChangeGroup, GroupFields};
 use selvedge_domain::rows::{Group, User};
 use selvedge_domain::state::IndexKey;
@@ -109,10 +109,7 @@ struct Query {
 impl axum::extract::FromRequestParts<Arc<Context>> for Asked {
     type Rejection = Error;
 
-    async fn from_request_parts(
-        parts: &mut axum::http::request::Parts,
-        context: &Arc<Context>,
-    ) -> Result<Self, Error> {
+    async fn from_request_parts(parts: &mut axum::http::request::Parts, context: &Arc<Context>) -> Result<Self, Error> {
         let caller = Caller::from_request_parts(parts, context).await?;
         let directory = caller.directory.ok_or_else(|| Problem::forbidden("a directory's token is needed"))?;
         let Params(query) = Params::<Query>::from_request_parts(parts, context).await?;
@@ -297,7 +294,9 @@ async fn change_user(
                 let user = asked.user(&context.cluster.state(), id).ok_or_else(|| Error::not_found("user", id))?;
                 return Ok(marked(asked.answer_user(context, StatusCode::OK, &user), &changed));
             }
-            Err(problem) if problem.code == "version_mismatch" && asked.if_match.is_none() && attempt < ATTEMPTS_MAX => {
+            Err(problem)
+                if problem.code == "version_mismatch" && asked.if_match.is_none() && attempt < ATTEMPTS_MAX =>
+            {
                 attempt += 1;
             }
             Err(problem) => return Err(problem.into()),
@@ -365,9 +364,8 @@ async fn patch_group(
 ) -> Answer {
     let operations = patch::parse(body(&whole.0)?, Resource::Group)?;
     change_group(&context, &asked, &id, "group.patch", |state, group| {
-        let present = || {
-            resource::members(state, group).map(|user| (user.id(), resource::member(&user, &asked.base))).collect()
-        };
+        let present =
+            || resource::members(state, group).map(|user| (user.id(), resource::member(&user, &asked.base))).collect();
         patch::group_change(&operations, present)
     })
     .await
@@ -403,7 +401,9 @@ async fn change_group(
                 let group = asked.group(&context.cluster.state(), id).ok_or_else(|| Error::not_found("group", id))?;
                 return Ok(marked(asked.answer_group(context, StatusCode::OK, &group), &changed));
             }
-            Err(problem) if problem.code == "version_mismatch" && asked.if_match.is_none() && attempt < ATTEMPTS_MAX => {
+            Err(problem)
+                if problem.code == "version_mismatch" && asked.if_match.is_none() && attempt < ATTEMPTS_MAX =>
+            {
                 attempt += 1;
             }
             Err(problem) => return Err(problem.into()),
@@ -531,7 +531,8 @@ fn groups<'s>(state: &'s Applied, directory: Id, filter: Option<&Filter>) -> Box
         return Box::new(id.parse().ok().and_then(|id| state.by_id::<Group>(id)).into_iter().filter(own));
     }
     if let Some(member) = required("members", Some("value")) {
-        let user = member.parse().ok().and_then(|id| state.by_id::<User>(id)).filter(|u| u.directory == Some(directory));
+        let user =
+            member.parse().ok().and_then(|id| state.by_id::<User>(id)).filter(|u| u.directory == Some(directory));
         let groups: Vec<Group> = user.map(|user| state.groups_of(&user).collect()).unwrap_or_default();
         return Box::new(groups.into_iter().filter(own));
     }

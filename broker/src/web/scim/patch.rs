@@ -213,7 +213,9 @@ fn remove_whole(holder: &mut Map<String, Value>, attribute: &Attribute, operatio
         _ => Vec::new(),
     };
     match holder.get_mut(attribute.name) {
-        Some(Value::Array(elements)) if !gone.is_empty() => elements.retain(|element| !gone.contains(&value_of(element))),
+        Some(Value::Array(elements)) if !gone.is_empty() => {
+            elements.retain(|element| !gone.contains(&value_of(element)))
+        }
         _ => drop(holder.remove(attribute.name)),
     }
 }
@@ -343,14 +345,15 @@ pub(super) fn group_change(
                 _ => return Err(Error::value("`externalId` is a text")),
             },
             ("members", Some(filter)) => {
-                let ids = match filter.equalities().filter(|wanted| wanted.len() == 1).and_then(|mut w| w.remove("value")) {
-                    Some(id) => member_ids(&id)?,
-                    None => {
-                        change.depends = true;
-                        let now = present();
-                        now.into_iter().filter(|(_, member)| filter.element(member)).map(|(id, _)| id).collect()
-                    }
-                };
+                let ids =
+                    match filter.equalities().filter(|wanted| wanted.len() == 1).and_then(|mut w| w.remove("value")) {
+                        Some(id) => member_ids(&id)?,
+                        None => {
+                            change.depends = true;
+                            let now = present();
+                            now.into_iter().filter(|(_, member)| filter.element(member)).map(|(id, _)| id).collect()
+                        }
+                    };
                 match operation.kind {
                     Kind::Remove => change.take_out(ids),
                     _ => return Err(Error::bad("mutability", "members are added and removed, not changed")),
@@ -433,20 +436,64 @@ mod tests {
         for (operations, pointer, expected) in [
             (json!([{ "op": "replace", "path": "name.givenName", "value": "B" }]), "/name/givenName", json!("B")),
             (json!([{ "op": "replace", "value": { "name.givenName": "B" } }]), "/name/givenName", json!("B")),
-            (json!([{ "op": "replace", "value": { "name": { "GivenName": "B" } } }]), "/name", json!({ "givenName": "B", "familyName": "A" })),
-            (json!([{ "op": "replace", "path": "emails[type eq \"work\"].value", "value": "n@x" }]), "/emails/0/value", json!("n@x")),
-            (json!([{ "op": "Add", "path": "emails[type eq \"other\"].value", "value": "o@x" }]), "/emails/2", json!({ "type": "other", "value": "o@x" })),
-            (json!([{ "op": "add", "path": "phoneNumbers[type eq \"mobile\"].value", "value": "1" }]), "/phoneNumbers/0", json!({ "type": "mobile", "value": "1" })),
-            (json!([{ "op": "remove", "path": "emails[type eq \"work\"]" }]), "/emails", json!([{ "type": "home", "value": "h@x" }])),
+            (
+                json!([{ "op": "replace", "value": { "name": { "GivenName": "B" } } }]),
+                "/name",
+                json!({ "givenName": "B", "familyName": "A" }),
+            ),
+            (
+                json!([{ "op": "replace", "path": "emails[type eq \"work\"].value", "value": "n@x" }]),
+                "/emails/0/value",
+                json!("n@x"),
+            ),
+            (
+                json!([{ "op": "Add", "path": "emails[type eq \"other\"].value", "value": "o@x" }]),
+                "/emails/2",
+                json!({ "type": "other", "value": "o@x" }),
+            ),
+            (
+                json!([{ "op": "add", "path": "phoneNumbers[type eq \"mobile\"].value", "value": "1" }]),
+                "/phoneNumbers/0",
+                json!({ "type": "mobile", "value": "1" }),
+            ),
+            (
+                json!([{ "op": "remove", "path": "emails[type eq \"work\"]" }]),
+                "/emails",
+                json!([{ "type": "home", "value": "h@x" }]),
+            ),
             (json!([{ "op": "remove", "path": "emails" }]), "/emails", Value::Null),
             (json!([{ "op": "remove", "path": "name.familyName" }]), "/name", json!({ "givenName": "Anna" })),
-            (json!([{ "op": "add", "path": "emails", "value": [{ "value": "z@x" }] }]), "/emails/2", json!({ "value": "z@x" })),
+            (
+                json!([{ "op": "add", "path": "emails", "value": [{ "value": "z@x" }] }]),
+                "/emails/2",
+                json!({ "value": "z@x" }),
+            ),
             (json!([{ "op": "add", "path": "emails", "value": [{ "value": "h@x" }] }]), "/emails/2", Value::Null),
-            (json!([{ "op": "replace", "path": "emails", "value": [{ "value": "z@x" }] }]), "/emails", json!([{ "value": "z@x" }])),
-            (json!([{ "op": "add", "path": format!("{enterprise}:department"), "value": "R" }]), "/urn:ietf:params:scim:schemas:extension:enterprise:2.0:User/department", json!("R")),
-            (json!([{ "op": "add", "path": format!("{enterprise}:manager"), "value": "1-4" }]), "/urn:ietf:params:scim:schemas:extension:enterprise:2.0:User/manager", json!("1-4")),
-            (json!([{ "op": "add", "value": { enterprise: { "Division": "D" } } }]), "/urn:ietf:params:scim:schemas:extension:enterprise:2.0:User/division", json!("D")),
-            (json!([{ "op": "add", "path": "title", "value": "x" }, { "op": "replace", "path": "title", "value": "y" }]), "/title", json!("y")),
+            (
+                json!([{ "op": "replace", "path": "emails", "value": [{ "value": "z@x" }] }]),
+                "/emails",
+                json!([{ "value": "z@x" }]),
+            ),
+            (
+                json!([{ "op": "add", "path": format!("{enterprise}:department"), "value": "R" }]),
+                "/urn:ietf:params:scim:schemas:extension:enterprise:2.0:User/department",
+                json!("R"),
+            ),
+            (
+                json!([{ "op": "add", "path": format!("{enterprise}:manager"), "value": "1-4" }]),
+                "/urn:ietf:params:scim:schemas:extension:enterprise:2.0:User/manager",
+                json!("1-4"),
+            ),
+            (
+                json!([{ "op": "add", "value": { enterprise: { "Division": "D" } } }]),
+                "/urn:ietf:params:scim:schemas:extension:enterprise:2.0:User/division",
+                json!("D"),
+            ),
+            (
+                json!([{ "op": "add", "path": "title", "value": "x" }, { "op": "replace", "path": "title", "value": "y" }]),
+                "/title",
+                json!("y"),
+            ),
             (json!([{ "op": "replace", "path": "id", "value": "9-9" }]), "/id", Value::Null),
             (json!([{ "op": "replace", "path": "groups", "value": [{ "value": "1-1" }] }]), "/groups", Value::Null),
         ] {
@@ -467,7 +514,10 @@ mod tests {
             (json!({ "Operations": [{ "op": "replace", "path": "colour", "value": "x" }] }), "invalidPath"),
             (json!({ "Operations": [{ "op": "replace", "path": "a[", "value": "x" }] }), "invalidPath"),
             (json!({ "Operations": [{ "op": "replace", "path": "emails[type eq", "value": "x" }] }), "invalidFilter"),
-            (json!({ "Operations": [{ "op": "replace", "path": "emails[type eq \"x\"].colour", "value": "x" }] }), "invalidPath"),
+            (
+                json!({ "Operations": [{ "op": "replace", "path": "emails[type eq \"x\"].colour", "value": "x" }] }),
+                "invalidPath",
+            ),
             (json!({ "Operations": [{ "op": "replace", "path": 7, "value": "x" }] }), "invalidPath"),
         ] {
             assert_eq!(parse(body.clone(), Resource::User).unwrap_err().scim_type, Some(scim_type), "{body}");
@@ -483,19 +533,34 @@ mod tests {
             group_change(&operations, present).unwrap()
         };
         let sets = |change: &GroupChange| {
-            (change.add.iter().map(|id| id.seq).collect::<Vec<_>>(), change.remove.iter().map(|id| id.seq).collect::<Vec<_>>())
+            (
+                change.add.iter().map(|id| id.seq).collect::<Vec<_>>(),
+                change.remove.iter().map(|id| id.seq).collect::<Vec<_>>(),
+            )
         };
         for (operations, add, remove) in [
-            (json!([{ "op": "add", "path": "members", "value": [{ "value": "1-2" }, { "value": "1-3" }] }]), vec![2, 3], vec![]),
+            (
+                json!([{ "op": "add", "path": "members", "value": [{ "value": "1-2" }, { "value": "1-3" }] }]),
+                vec![2, 3],
+                vec![],
+            ),
             (json!([{ "op": "Add", "path": "members", "value": { "value": "1-2" } }]), vec![2], vec![]),
             (json!([{ "op": "add", "value": { "members": [{ "value": "1-2" }] } }]), vec![2], vec![]),
             (json!([{ "op": "remove", "path": "members[value eq \"1-2\"]" }]), vec![], vec![2]),
             (json!([{ "op": "Remove", "path": "members", "value": [{ "value": "1-2" }] }]), vec![], vec![2]),
             (json!([{ "op": "remove", "path": "members[display eq \"Eve\"]" }]), vec![], vec![8]),
-            (json!([{ "op": "add", "path": "members", "value": [{ "value": "1-2" }] },
-                { "op": "remove", "path": "members[value eq \"1-2\"]" }]), vec![], vec![2]),
-            (json!([{ "op": "remove", "path": "members[value eq \"1-2\"]" },
-                { "op": "add", "path": "members", "value": [{ "value": "1-2" }] }]), vec![2], vec![]),
+            (
+                json!([{ "op": "add", "path": "members", "value": [{ "value": "1-2" }] },
+                { "op": "remove", "path": "members[value eq \"1-2\"]" }]),
+                vec![],
+                vec![2],
+            ),
+            (
+                json!([{ "op": "remove", "path": "members[value eq \"1-2\"]" },
+                { "op": "add", "path": "members", "value": [{ "value": "1-2" }] }]),
+                vec![2],
+                vec![],
+            ),
         ] {
             let change = change(operations.clone());
             assert_eq!(sets(&change), (add, remove), "{operations}");

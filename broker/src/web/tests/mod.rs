@@ -1,204 +1,27 @@
 //! The web listener over a real cluster of one broker, with its own issuer and audit journal.
 
-use std::collections::BTreeMap;
+mod house;
+
 use std::net::TcpListener;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use axum::Router;
 use axum::body::Body;
-use axum::http::{Method, Request, Response, StatusCode, header};
+use axum::http::{Method, Request, StatusCode, header};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use http_body_util::{BodyExt as _, Full};
 use hyper_util::rt::TokioIo;
-use selvedge_cluster::{Cluster, LogLimits, NothingToEnforce, Options, Preset, SystemClock};
-use selvedge_domain::command::{CertificateIssued, InitCluster, PutBroker, Subject};
-use selvedge_domain::rows::{AdminRole, BrokerRole};
-use selvedge_domain::{Actor, Body as Asked};
-use selvedge_proto::identity::Kind;
-use selvedge_proto::tls::{self, Identity, NotBefore};
-use selvedge_storage::DataDir;
-use selvedge_storage::audit::{Journal, StreamId};
+use selvedge_domain::rows::AdminRole;
+use selvedge_proto::tls;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio_rustls::TlsConnector;
-use tower::ServiceExt as _;
 
 use super::auth::Need;
-use super::listener::Source;
 use super::*;
-use crate::issuer::{Issued, Seal};
-
-const DOMAIN: &str = "demo.test";
-const CLUSTER_ID: [u8; 16] = [5; 16];
-const OWNER: &str = "svt_the-first-owner-of-this-house";
-
-struct House {
-    context: Arc<Context>,
-    router: Router,
-    journal: Arc<Journal>,
-    _dir: TempDir,
-}
-
-/// What came back.
-struct Got {
-    status: StatusCode,
-    headers: axum::http::HeaderMap,
-    text: String,
-}
-
-impl Got {
-    fn json(&self) -> Value {
-        serde_json::from_str(&self.text).unwrap_or_else(|error| panic!("{error}: {}", self.text))
-    }
-
-    fn expect(self, status: u16) -> Value {
-        assert_eq!(self.status.as_u16(), status, "{}", self.text);
-        if self.text.is_empty() { Value::Null } else { self.json() }
-    }
-}
-
-impl House {
-    /// A broker whose cluster was not made yet.
-    async fn empty() -> (Self, Issued) {
-        tls::install_provider();
-        let dir = TempDir::new().unwrap();
-        let data = Arc::new(DataDir::open(&dir.path().join("data")).unwrap());
-        let now_ms = (tls::system_time())();
-        let seal = Seal::File(dir.path().join("seal.key"));
-        let (issuer, _) = Issuer::create(&dir.path().join("issuer"), &seal, DOMAIN, CLUSTER_ID, now_ms).unwrap();
-        let anchors = Arc::new(issuer.anchors().clone());
-        let (key, csr) = tls::new_key_and_csr().unwrap();
-        let issued = issuer.issue(Kind::Broker, &data.node_id().to_string(), &csr, now_ms).unwrap();
-        let identity = Identity::from_pem(&format!("{}{}", issued.chain_pem, *key)).unwrap();
-        let journal = journal(dir.path(), &data);
-        let time = tls::system_time();
-        let cluster = Cluster::start(Options {
-            dir: data,
-            cluster_id: CLUSTER_ID,
-            preset: Preset::Test,
-            listener: TcpListener::bind("127.0.0.1:0").unwrap(),
-            tls_server: Arc::new(tls::peer_server(&identity, &anchors, NotBefore::judged(), &time).unwrap()),
-            tls_client: Arc::new(tls::peer_client(&identity, &anchors, None, NotBefore::judged(), &time).unwrap()),
-            clock: SystemClock::shared(),
-            enforcer: Arc::new(NothingToEnforce),
-            seeds: BTreeMap::new(),
-            dial: None,
-            services: None,
-            log_limits: LogLimits::default(),
-            runtime: None,
-        })
-        .await
-        .unwrap();
-        let context = Context::new(Parts {
-            cluster,
-            decider: Decider::new(),
-            edge: None,
-            routing: None,
-            audit: audit::Log::new(journal.clone(), tls::system_time()),
-            issuer: Some(Arc::new(issuer)),
-            anchors,
-        });
-        let router = router::router(context.clone());
-        (Self { context, router, journal, _dir: dir }, issued)
-    }
-
-    /// A broker that is a cluster.
-    async fn new() -> Self {
-        let (house, issued) = Self::empty().await;
-        let cluster = &house.context.cluster;
-        let init = InitCluster {
-            cluster_id: CLUSTER_ID,
-            trust_domain: DOMAIN.to_owned(),
-            anchors: house.context.anchors.to_json().into_bytes(),
-            owner_sha256: sha256(OWNER),
-            knock_secret: [3; 32],
-            lease_ms: 10_000,
-            hold_ms: 30_000,
-        };
-        cluster.initialize(init).await.unwrap();
-        let broker = PutBroker {
-            node: cluster.node(),
-            name: "b1".to_owned(),
-            region: "eu".to_owned(),
-            host: "b1.demo.test".to_owned(),
-            edge: "127.0.0.1:1".to_owned(),
-            web: "127.0.0.1:2".to_owned(),
-            peer: "127.0.0.1:3".to_owned(),
-            roles: [BrokerRole::Voter, BrokerRole::Issuer, BrokerRole::Web].map(|role| role as i32).into(),
-        };
-        cluster.propose(Actor::BOOTSTRAP, Asked::PutBroker(broker), None).await.unwrap();
-        let certificate = CertificateIssued {
-            serial: issued.serial,
-            subject: issued.id.to_string(),
-            key_sha256: issued.spki_sha256,
-            not_after_ms: issued.not_after_ms,
-            of: Subject::Broker(cluster.node()),
-        };
-        cluster.propose(Actor::BOOTSTRAP, Asked::CertificateIssued(certificate), None).await.unwrap();
-        house
-    }
-
-    async fn send(&self, request: Request<Body>) -> Got {
-        let mut request = request;
-        request.extensions_mut().insert(Source(([127, 0, 0, 1], 4_000).into()));
-        let response: Response<Body> = self.router.clone().oneshot(request).await.unwrap();
-        let (parts, body) = response.into_parts();
-        let bytes = body.collect().await.unwrap().to_bytes();
-        Got { status: parts.status, headers: parts.headers, text: String::from_utf8(bytes.to_vec()).unwrap() }
-    }
-
-    async fn call(&self, method: &str, path: &str, token: &str, body: impl Into<Option<Value>>) -> Got {
-        self.call_with(method, path, token, body, &[]).await
-    }
-
-    async fn call_with(
-        &self,
-        method: &str,
-        path: &str,
-        token: &str,
-        body: impl Into<Option<Value>>,
-        headers: &[(&str, &str)],
-    ) -> Got {
-        let mut request = Request::builder().method(method).uri(path).header(header::HOST, "web.demo.test");
-        if !token.is_empty() {
-            request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
-        }
-        for (name, value) in headers {
-            request = request.header(*name, *value);
-        }
-        let body = body.into().map(|body: Value| body.to_string()).unwrap_or_default();
-        self.send(request.body(Body::from(body)).unwrap()).await
-    }
-
-    async fn token(&self, role: &str) -> String {
-        let made = self.call("POST", "/api/v1/tokens", OWNER, json!({ "name": role, "role": role })).await.expect(201);
-        made["token"].as_str().unwrap().to_owned()
-    }
-
-    async fn directory(&self, name: &str) -> String {
-        let made = self.call("POST", "/api/v1/directories", OWNER, json!({ "name": name })).await.expect(201);
-        made["token"].as_str().unwrap().to_owned()
-    }
-
-    async fn key(&self, body: Value) -> String {
-        let made = self.call("POST", "/api/v1/keys", OWNER, body).await.expect(201);
-        made["secret"].as_str().unwrap().to_owned()
-    }
-
-    fn records(&self) -> Vec<Value> {
-        let mut reader = self.journal.reader(self.journal.stream(), 1).unwrap();
-        let records = reader.next_batch(10_000, 64 << 20).unwrap();
-        records.iter().map(|record| serde_json::from_slice(record.body()).unwrap()).collect()
-    }
-}
-
-fn journal(dir: &Path, data: &DataDir) -> Arc<Journal> {
-    let stream = StreamId { broker: data.node_id(), boot: data.boot() };
-    Arc::new(Journal::open(&dir.join("audit"), stream, selvedge_storage::audit::Options::default()).unwrap())
-}
+use crate::issuer::Seal;
+use house::{DOMAIN, House, OWNER};
 
 fn csr() -> Value {
     STANDARD.encode(tls::new_key_and_csr().unwrap().1).into()
@@ -340,13 +163,14 @@ async fn a_policy_is_applied_explained_and_told_to_watchers() {
 
     let events = house.call("GET", "/api/v1/events", OWNER, None).await;
     let lines: Vec<Value> = events.text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    let seqs: Vec<u64> = lines
-        .iter()
-        .filter_map(|line| line["id"].as_str()?.split_once('-')?.1.parse().ok())
-        .collect();
+    let seqs: Vec<u64> = lines.iter().filter_map(|line| line["id"].as_str()?.split_once('-')?.1.parse().ok()).collect();
     assert!(seqs.windows(2).all(|pair| pair[1] == pair[0] + 1), "{seqs:?}");
     assert!(lines.iter().any(|line| line["event"] == "policy.put" && line["row"]["name"] == "sales-crm"));
-    assert!(lines.iter().any(|line| line["event"] == "user.put" && line["actor"].as_str().unwrap().starts_with("directory/")));
+    assert!(
+        lines
+            .iter()
+            .any(|line| line["event"] == "user.put" && line["actor"].as_str().unwrap().starts_with("directory/"))
+    );
     assert!(!events.text.contains(&hex::encode(sha256(OWNER))));
 
     let audit = house.call("GET", "/api/v1/audit?from=1", OWNER, None).await;
@@ -414,7 +238,8 @@ async fn a_repeated_key_is_applied_once_and_a_change_can_be_waited_for() {
 #[tokio::test(flavor = "multi_thread")]
 async fn roles_are_decided_where_the_change_is() {
     let house = House::new().await;
-    let second = house.call("POST", "/api/v1/tokens", OWNER, json!({ "name": "o2", "role": "owner" })).await.expect(201);
+    let second =
+        house.call("POST", "/api/v1/tokens", OWNER, json!({ "name": "o2", "role": "owner" })).await.expect(201);
     let (id, token) = (second["id"].as_str().unwrap(), second["token"].as_str().unwrap());
     let own = format!("/api/v1/tokens/{id}");
     let grants = (0..20).map(|n| {
@@ -424,9 +249,9 @@ async fn roles_are_decided_where_the_change_is() {
             (house.call("POST", "/api/v1/tokens", token, body).await, n)
         }
     });
-    let (revoked, granted) =
-        tokio::join!(house.call("DELETE", &own, OWNER, None), futures::future::join_all(grants));
-    let revoked_at = revoked.expect(200)["position"].as_str().unwrap().split_once('-').unwrap().1.parse::<u64>().unwrap();
+    let (revoked, granted) = tokio::join!(house.call("DELETE", &own, OWNER, None), futures::future::join_all(grants));
+    let revoked_at =
+        revoked.expect(200)["position"].as_str().unwrap().split_once('-').unwrap().1.parse::<u64>().unwrap();
     for (got, n) in granted {
         match got.status.as_u16() {
             201 => {
@@ -451,7 +276,10 @@ async fn roles_are_decided_where_the_change_is() {
 async fn a_directory_is_served_as_okta_tests_it() {
     let house = House::new().await;
     let scim = house.directory("okta").await;
-    let call = |method: &'static str, path: String, body: Option<Value>| house.call_with_scim(method, path, &scim, body);
+    let (house, scim) = (&house, &scim);
+    let call = |method: &'static str, path: String, body: Option<Value>| async move {
+        house.call(method, &path, scim, body).await
+    };
 
     let empty = call("GET", "/scim/v2/Users?count=1&startIndex=1".into(), None).await.expect(200);
     assert_eq!((&empty["totalResults"], &empty["Resources"]), (&json!(0), &json!([])));
@@ -471,7 +299,9 @@ async fn a_directory_is_served_as_okta_tests_it() {
 
     let again = call("POST", "/scim/v2/Users".into(), Some(anna)).await.expect(409);
     assert_eq!((&again["scimType"], &again["status"]), (&json!("uniqueness"), &json!("409")));
-    for filter in ["userName%20eq%20%22ANNA@DEMO.TEST%22", "externalId%20eq%20%2200u1%22", "name.givenName%20sw%20%22an%22"] {
+    for filter in
+        ["userName%20eq%20%22ANNA@DEMO.TEST%22", "externalId%20eq%20%2200u1%22", "name.givenName%20sw%20%22an%22"]
+    {
         let found = call("GET", format!("/scim/v2/Users?filter={filter}"), None).await.expect(200);
         assert_eq!(found["totalResults"], 1, "{filter}");
         assert_eq!(found["Resources"][0]["id"], json!(id));
@@ -494,7 +324,9 @@ async fn a_directory_is_served_as_okta_tests_it() {
     let slim = call("GET", format!("{user}?attributes=userName"), None).await.expect(200);
     assert!(slim.get("meta").is_none() && slim.get("userName").is_some());
 
-    for (path, expected) in [("ServiceProviderConfig", 200), ("ResourceTypes", 200), ("Schemas", 200), ("Schemas/x", 404)] {
+    for (path, expected) in
+        [("ServiceProviderConfig", 200), ("ResourceTypes", 200), ("Schemas", 200), ("Schemas/x", 404)]
+    {
         call("GET", format!("/scim/v2/{path}"), None).await.expect(expected);
     }
     let stale = house.call_with("DELETE", &user, &scim, None, &[("if-match", "W/\"1\"")]).await;
@@ -502,12 +334,6 @@ async fn a_directory_is_served_as_okta_tests_it() {
     let gone = house.call_with("DELETE", &user, &scim, None, &[("if-match", "W/\"3\"")]).await;
     assert_eq!((gone.status, gone.text.as_str()), (StatusCode::NO_CONTENT, ""));
     call("GET", user, None).await.expect(404);
-}
-
-impl House {
-    async fn call_with_scim(&self, method: &str, path: String, token: &str, body: Option<Value>) -> Got {
-        self.call(method, &path, token, body).await
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -545,7 +371,10 @@ async fn directories_do_not_see_each_other_and_members_add_up() {
     assert_eq!(all["members"].as_array().unwrap().len(), ids.len(), "no addition was lost");
     let repeated = house.call("PATCH", &path, &one, patch(&ids[0])).await.expect(200);
     assert_eq!(repeated["meta"]["version"], all["meta"]["version"], "the same again changes nothing");
-    let filter = format!("/scim/v2/Groups?filter=members.value%20eq%20%22{}%22&excludedAttributes=members", ids[1].as_str().unwrap());
+    let filter = format!(
+        "/scim/v2/Groups?filter=members.value%20eq%20%22{}%22&excludedAttributes=members",
+        ids[1].as_str().unwrap()
+    );
     let found = house.call("GET", &filter, &one, None).await.expect(200);
     assert_eq!(found["totalResults"], 1);
     assert!(found["Resources"][0].get("members").is_none());
@@ -568,7 +397,10 @@ async fn directories_do_not_see_each_other_and_members_add_up() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_with_one_use_enrols_one_of_fifty() {
     let house = House::new().await;
-    house.call("POST", "/api/v1/apply", OWNER, json!({ "objects": objects().as_array().unwrap()[..3] })).await.expect(200);
+    house
+        .call("POST", "/api/v1/apply", OWNER, json!({ "objects": objects().as_array().unwrap()[..3] }))
+        .await
+        .expect(200);
     let secret = house.key(json!({ "kind": "connector", "name": "k", "target": "dc" })).await;
     let body = |csr: Value| json!({ "secret": secret, "kind": "connector", "name": "c", "csr": csr, "node": null });
     let bodies: Vec<Value> = (0..50).map(|_| body(csr())).collect();
@@ -627,7 +459,8 @@ async fn what_may_not_enrol_is_refused_before_anything_is_used() {
     }
     let keys = house.context.cluster.state();
     assert_eq!(keys.rows::<selvedge_domain::rows::EnrolKey>().next().unwrap().uses, 0);
-    let big = Request::builder().method(Method::POST).uri("/enrol/v1").body(Body::from(vec![b'{'; ENROL_BODY_BYTES_MAX + 1]));
+    let big =
+        Request::builder().method(Method::POST).uri("/enrol/v1").body(Body::from(vec![b'{'; ENROL_BODY_BYTES_MAX + 1]));
     assert_eq!(house.send(big.unwrap()).await.status, StatusCode::PAYLOAD_TOO_LARGE);
 }
 
@@ -645,7 +478,10 @@ async fn a_device_gets_a_login_and_a_broker_the_sealed_issuer() {
     assert_eq!((json!(grant.user), json!(grant.device)), (user["id"].clone(), device["id"].clone()));
 
     let again = house.key(json!({ "kind": "device", "name": "laptop", "target": "anna" })).await;
-    house.call("PATCH", &format!("/scim/v2/Users/{}", user["id"].as_str().unwrap()), &scim, disable()).await.expect(200);
+    house
+        .call("PATCH", &format!("/scim/v2/Users/{}", user["id"].as_str().unwrap()), &scim, disable())
+        .await
+        .expect(200);
     let body = json!({ "secret": again, "kind": "device", "name": "laptop", "csr": csr() });
     assert_eq!(house.call("POST", "/enrol/v1", "", body).await.expect(403)["code"], "key_void");
 
