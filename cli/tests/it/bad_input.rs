@@ -70,7 +70,7 @@ fn the_web_listener_refuses_wrong_tokens_and_oversized_or_malformed_bodies() {
     let status = |method: &str, path: &str, token: &str, body| world.http(0, method, path, token, body).0;
     assert_eq!(status("GET", "/scim/v2/Users", "svd_wrong", None), 401);
     assert_eq!(status("GET", "/api/v1/cluster", "svt_wrong", None), 401);
-    assert_eq!(status("GET", "/api/v1/cluster", &token, None), 401);
+    assert_eq!(status("GET", "/api/v1/cluster", &token, None), 403, "a directory administers nothing");
     let user = |extra: serde_json::Value| {
         let mut body = json!({"schemas": ["urn:ietf:params:scim:schemas:core:2.0:User"], "userName": "a@test.example"});
         body.as_object_mut().expect("an object").extend(extra.as_object().expect("an object").clone());
