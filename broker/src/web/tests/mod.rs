@@ -329,9 +329,9 @@ async fn a_directory_is_served_as_okta_tests_it() {
     {
         call("GET", format!("/scim/v2/{path}"), None).await.expect(expected);
     }
-    let stale = house.call_with("DELETE", &user, &scim, None, &[("if-match", "W/\"1\"")]).await;
+    let stale = house.call_with("DELETE", &user, scim, None, &[("if-match", "W/\"1\"")]).await;
     assert_eq!(stale.status, StatusCode::PRECONDITION_FAILED);
-    let gone = house.call_with("DELETE", &user, &scim, None, &[("if-match", "W/\"3\"")]).await;
+    let gone = house.call_with("DELETE", &user, scim, None, &[("if-match", "W/\"3\"")]).await;
     assert_eq!((gone.status, gone.text.as_str()), (StatusCode::NO_CONTENT, ""));
     call("GET", user, None).await.expect(404);
 }
