@@ -279,7 +279,7 @@ fn broker(
     let name = region.name();
     let data = dir.join("brokers").join(name);
     let mut text = format!(
-        "data_dir = {:?}\nname = \"{name}\"\nregion = \"{name}\"\nhost = \"{name}.brokers.demo.test\"\npreset = \"test\"\n\
+        "data_dir = {:?}\nname = \"{name}\"\nregion = \"{name}\"\nhost = \"{name}.brokers.demo.test\"\npreset = \"wan\"\n\
          edge = {{ bind = \"{edge}\" }}\nweb = {{ bind = \"{web}\" }}\npeer = {{ bind = \"{peer}\" }}\nops = {{ bind = \"{ops}\" }}\n\n[peer_via]\n",
         data.display().to_string()
     );
