@@ -116,10 +116,11 @@ impl Client {
         })
     }
 
-    /// One caller for each endpoint.
-    pub fn each(&self) -> Vec<Self> {
-        let one = |endpoint: &Url| Self { endpoints: vec![endpoint.clone()], ..self.clone() };
-        self.endpoints.iter().map(one).collect()
+    /// One caller for each broker that serves `web`, as the cluster names them: what each has by itself lies there.
+    pub async fn brokers(&self) -> Result<Vec<Self>, Error> {
+        let view: Value = self.read("/api/v1/cluster", &[]).await?;
+        let present = view["brokers"].as_array().into_iter().flatten().filter(|row| row["removed"] == false);
+        Ok(present.filter_map(|row| self.at(row["web"].as_str()?)).collect())
     }
 
     /// The first endpoint.
@@ -127,9 +128,10 @@ impl Client {
         self.endpoints.first().map(shown).unwrap_or_default()
     }
 
-    /// A caller of the endpoint at `host:port`, if it is one of these.
+    /// A caller of the broker whose web listener is at `host:port`.
     pub fn at(&self, address: &str) -> Option<Self> {
-        self.each().into_iter().find(|one| one.name() == format!("https://{address}"))
+        let endpoint = Url::parse(&format!("https://{address}")).ok()?;
+        Some(Self { endpoints: vec![endpoint], ..self.clone() })
     }
 
     /// Reads JSON.

@@ -67,7 +67,9 @@ pub async fn run(command: Command, global: &Global) -> anyhow::Result<ExitCode> 
 async fn tail(client: &Client, follow: bool, lines: u64, as_json: bool) -> anyhow::Result<ExitCode> {
     let stop = shutdown::on_signal()?;
     let (sender, mut receiver) = mpsc::channel(QUEUED_MAX);
-    for one in client.each() {
+    let brokers = client.brokers().await?;
+    let (mut recent, mut open, mut failed) = (BTreeMap::new(), brokers.len(), 0);
+    for one in brokers {
         let sender = sender.clone();
         tokio::spawn(async move {
             let result = follow_one(&one, follow, lines, &sender).await;
@@ -76,7 +78,6 @@ async fn tail(client: &Client, follow: bool, lines: u64, as_json: bool) -> anyho
         });
     }
     drop(sender);
-    let (mut recent, mut open, mut failed) = (BTreeMap::new(), client.each().len(), 0);
     loop {
         let next = tokio::select! {
             next = receiver.recv() => next,
@@ -101,7 +102,7 @@ async fn tail(client: &Client, follow: bool, lines: u64, as_json: bool) -> anyho
     for record in recent.values() {
         say(record, as_json)?;
     }
-    missed(failed, client)
+    missed(failed)
 }
 
 async fn follow_one(
@@ -134,7 +135,7 @@ async fn follow_one(
 async fn show(client: &Client, stream: Option<String>, from: u64, as_json: bool) -> anyhow::Result<ExitCode> {
     let mut found = BTreeMap::new();
     let (mut failed, mut answered) = (0, false);
-    for one in client.each() {
+    for one in client.brokers().await? {
         let mut query = vec![("from", from.to_string())];
         query.extend(stream.clone().map(|stream| ("stream", stream)));
         let read = async {
@@ -160,12 +161,12 @@ async fn show(client: &Client, stream: Option<String>, from: u64, as_json: bool)
     if let (Some(stream), false, 0) = (&stream, answered, failed) {
         anyhow::bail!("no broker has the stream `{stream}`");
     }
-    missed(failed, client)
+    missed(failed)
 }
 
 async fn streams(client: &Client, as_json: bool) -> anyhow::Result<ExitCode> {
     let (mut rows, mut failed) = (Vec::new(), 0);
-    for one in client.each() {
+    for one in client.brokers().await? {
         match one.read::<Value>("/api/v1/audit/streams", &[]).await {
             Ok(answer) => {
                 for stream in answer["streams"].as_array().into_iter().flatten() {
@@ -182,15 +183,15 @@ async fn streams(client: &Client, as_json: bool) -> anyhow::Result<ExitCode> {
     }
     let columns = [("stream", "/stream"), ("current", "/current"), ("durable", "/durable_seq"), ("endpoint", "/endpoint")];
     output::list(&json!({ "streams": rows }), "streams", &columns, as_json)?;
-    missed(failed, client)
+    missed(failed)
 }
 
 /// What some brokers have is missing: that is said, and the exit code says it too.
-fn missed(failed: usize, client: &Client) -> anyhow::Result<ExitCode> {
+fn missed(failed: usize) -> anyhow::Result<ExitCode> {
     if failed == 0 {
         return Ok(ExitCode::SUCCESS);
     }
-    anyhow::bail!("{failed} of {} endpoints did not answer whole; what they have is missing above", client.each().len())
+    anyhow::bail!("{failed} broker(s) did not answer whole; what they have is missing above")
 }
 
 fn warn(endpoint: &str, error: &anyhow::Error) {

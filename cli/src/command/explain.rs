@@ -95,7 +95,7 @@ pub async fn explain(args: Explain, global: &Global) -> anyhow::Result<ExitCode>
 /// The record of a denial lies with the broker that denied.
 async fn of_denial(client: &Client, id: &str) -> anyhow::Result<Value> {
     let mut first = None;
-    for one in client.each() {
+    for one in client.brokers().await? {
         match one.read("/api/v1/explain", &[("denial", id.to_owned())]).await {
             Ok(answer) => return Ok(answer),
             Err(error @ (Error::Refused { status: 404, .. } | Error::Unreachable(_))) => {
@@ -108,7 +108,7 @@ async fn of_denial(client: &Client, id: &str) -> anyhow::Result<Value> {
             Err(error) => return Err(error.into()),
         }
     }
-    Err(first.map_or_else(|| anyhow::anyhow!("no endpoint is known"), Into::into))
+    Err(first.map_or_else(|| anyhow::anyhow!("the cluster names no broker"), Into::into))
 }
 
 fn say_recorded(recorded: &Value) -> anyhow::Result<()> {

@@ -96,7 +96,7 @@ pub async fn workload(command: Workload, global: &Global) -> anyhow::Result<Exit
 pub async fn sessions(Plain::List { json: as_json }: Plain, global: &Global) -> anyhow::Result<ExitCode> {
     let client = super::client(global)?;
     let (mut rows, mut tried) = (Vec::new(), Vec::new());
-    for one in client.each() {
+    for one in client.brokers().await? {
         match one.read::<Value>("/api/v1/sessions", &[]).await {
             Ok(answer) => {
                 for session in answer["sessions"].as_array().into_iter().flatten() {

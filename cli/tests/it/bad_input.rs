@@ -76,7 +76,7 @@ fn the_web_listener_refuses_wrong_tokens_and_oversized_or_malformed_bodies() {
         body.as_object_mut().expect("an object").extend(extra.as_object().expect("an object").clone());
         body
     };
-    assert_eq!(status("POST", "/scim/v2/Users", &token, Some(json!("x".repeat(2 << 20)))), 413);
+    assert_eq!(status("POST", "/scim/v2/Users", &token, Some(json!("x".repeat(5 << 20)))), 413);
     assert_eq!(status("POST", "/scim/v2/Users", &token, Some(json!({"userName": 7}))), 400);
     assert_eq!(status("POST", "/scim/v2/Users", &token, Some(json!({}))), 400);
     assert_eq!(status("POST", "/scim/v2/Users", &token, Some(user(json!({"id": "1-1"})))), 201);
