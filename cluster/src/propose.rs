@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
+use openraft::async_runtime::WatchReceiver as _;
 use selvedge_domain::command::Dedupe;
 use selvedge_domain::{Actor, Body, Command, Id, Outcome, Rejected, RejectedCode, limits};
 use selvedge_proto::peer as wire;
@@ -240,12 +241,30 @@ impl Core {
         })
     }
 
+    /// Returns when this broker knows another leader than this one.
+    async fn led_by_another(&self, leader: u64) {
+        let mut metrics = self.raft.server_metrics();
+        loop {
+            if metrics.borrow_watched().current_leader.is_some_and(|other| other != leader) {
+                return;
+            }
+            if metrics.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
     async fn forward(&self, leader: u64, command: Bytes, timeout: Duration) -> Answer {
         let mut request = Request::new(wire::ProposeRequest { command: command.to_vec() });
         request.set_timeout(timeout);
         let mut client = self.peer_client(leader, Purpose::Control);
         use wire::propose_reply::Result as Reply;
-        match tokio::time::timeout(timeout, client.propose(request)).await {
+        let answer = tokio::select! {
+            answer = tokio::time::timeout(timeout, client.propose(request)) => answer,
+            // The old leader may be gone without a word; a retry with the same number is applied once.
+            () = self.led_by_another(leader) => return Answer::Unknown,
+        };
+        match answer {
             Ok(Ok(reply)) => match reply.into_inner().result {
                 Some(Reply::Done(done)) => Answer::Outcome(convert::done_back(done)),
                 Some(Reply::Refused(refused)) => Answer::Outcome(convert::refused_back(refused)),
