@@ -14,7 +14,7 @@ use super::apps;
 use super::geography::Region;
 use super::link::Link;
 use super::process::Process;
-use super::web::Directory;
+use super::web::Caller;
 use super::world::{ALLOWED, BILLING, CONNECTORS, Connector, DENIED, LEAVER, Seat, TRUST_DOMAIN, World};
 
 /// Longest wait for the first answer of an application through the tunnel.
@@ -77,6 +77,7 @@ impl World {
             find(&std::fs::read_to_string(&log)?, TOKEN_PREFIX)
         })
         .await?;
+        self.administrator = Caller::new(self.pin, token.clone())?;
         let mut context = vec!["context", "add", "demo", "--pin", pin, "--token", &token];
         let endpoints: Vec<String> = self.brokers.iter().map(|broker| format!("https://{}", broker.web)).collect();
         context.extend(endpoints.iter().flat_map(|endpoint| ["--endpoint", endpoint]));
@@ -101,7 +102,7 @@ impl World {
     async fn people(&mut self) -> anyhow::Result<()> {
         let made = self.cli.json(&["directory", "create", "demo", "--json"]).await?;
         let token = made["token"].as_str().context("`directory create` says no token")?;
-        self.directory = Directory::new(self.pin, token.to_owned())?;
+        self.directory = Caller::new(self.pin, token.to_owned())?;
         let web = self.brokers[0].web;
         for (user, name) in [(ALLOWED, "Alma Allowed"), (DENIED, "Denis Denied"), (LEAVER, "Lea Leaver")] {
             let body = json!({

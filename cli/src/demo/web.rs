@@ -1,4 +1,4 @@
-//! A small HTTP client for what a directory pushes: SCIM over a broker's `web` listener, its issuer pinned.
+//! A small HTTP client of a broker's `web` listener, its issuer pinned: what a directory pushes, and what is timed.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -19,15 +19,15 @@ use super::clock::Moment;
 /// Longest wait for an answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(15);
 
-/// Who pushes users and groups.
+/// Who calls: a directory that pushes users and groups, or an administrator.
 #[derive(Clone)]
-pub struct Directory {
+pub struct Caller {
     tls: Arc<rustls::ClientConfig>,
     token: String,
 }
 
-impl Directory {
-    /// With the directory's bearer token.
+impl Caller {
+    /// With a bearer token.
     pub fn new(pin: Pin, token: String) -> anyhow::Result<Self> {
         let tls = tls::pinned_web_client(pin, &tls::system_time())?;
         Ok(Self { tls: Arc::new(tls), token })
@@ -48,6 +48,12 @@ impl Directory {
         Ok(self.call(web, "PATCH", &format!("/scim/v2/Users/{id}"), &body).await?.at)
     }
 
+    /// `POST /api/v1/apply` of one object; the moment of the answer.
+    pub async fn apply(&self, web: SocketAddr, object: Value) -> anyhow::Result<Moment> {
+        let body = serde_json::json!({ "objects": [object] });
+        Ok(self.call(web, "POST", "/api/v1/apply", &body).await?.at)
+    }
+
     async fn call(&self, web: SocketAddr, method: &str, path: &str, body: &Value) -> anyhow::Result<Answer> {
         let work = self.exchange(web, method, path, body);
         tokio::time::timeout(ANSWER_LIMIT, work).await.with_context(|| format!("{method} {path}: no answer"))?
@@ -65,7 +71,10 @@ impl Directory {
             .uri(path)
             .header("host", web.to_string())
             .header("authorization", format!("Bearer {}", self.token))
-            .header("content-type", "application/scim+json")
+            .header(
+                "content-type",
+                if path.starts_with("/scim/") { "application/scim+json" } else { "application/json" },
+            )
             .body(Full::new(Bytes::from(serde_json::to_vec(body)?)))?;
         let response = sender.send_request(request).await?;
         let status = response.status();

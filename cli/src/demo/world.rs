@@ -20,7 +20,7 @@ use super::ports::Ports;
 use super::process::Process;
 use super::provision::client_arguments;
 use super::receiver::Receiver;
-use super::web::Directory;
+use super::web::Caller;
 
 /// Longest wait for a broker to listen, and for the cluster to have all three.
 const START_LIMIT: Duration = Duration::from_secs(60);
@@ -92,7 +92,8 @@ pub struct World {
     pub seats: BTreeMap<String, Seat>,
     pub apps: Apps,
     pub receiver: Receiver,
-    pub directory: Directory,
+    pub directory: Caller,
+    pub administrator: Caller,
     /// Of the cluster's issuer.
     pub pin: Pin,
     /// `userName` to SCIM id.
@@ -146,7 +147,7 @@ impl World {
 
         // Nobody has these until the cluster is made.
         let pin = Pin::from([0; 32]);
-        let directory = Directory::new(pin, String::new())?;
+        let nobody = Caller::new(pin, String::new())?;
         let mut world = Self {
             cli,
             brokers,
@@ -154,7 +155,8 @@ impl World {
             seats: BTreeMap::new(),
             apps,
             receiver,
-            directory,
+            directory: nobody.clone(),
+            administrator: nobody,
             pin,
             users: BTreeMap::new(),
             ports,

@@ -82,11 +82,15 @@ impl Tour {
         let ran = self.world.cli.run(["audit", "verify", &copied, "--json"], b"").await?;
         ensure!(ran.code == Some(1), "a flipped byte is not seen: {}{}", ran.text(), ran.err);
         let found: serde_json::Value = serde_json::from_slice(&ran.out)?;
-        let expected = json!({ "stream": name_of(segment.parent()), "segment": name_of(Some(&segment)), "offset": begins });
+        let expected =
+            json!({ "stream": name_of(segment.parent()), "segment": name_of(Some(&segment)), "offset": begins });
         for (field, value) in expected.as_object().into_iter().flatten() {
             ensure!(found[field] == *value, "byte {flipped} of {expected} was flipped, and {found} is named");
         }
-        Ok(format!("three journals hold; byte {flipped} flipped in a copy: record {} at byte {begins} is named", found["seq"]))
+        Ok(format!(
+            "three journals hold; byte {flipped} flipped in a copy: record {} at byte {begins} is named",
+            found["seq"]
+        ))
     }
 
     /// Ids of every record in every broker's journal.

@@ -10,7 +10,6 @@ use tokio::task::JoinSet;
 use super::super::apps;
 use super::super::clock::Moment;
 use super::super::geography::Region;
-use super::super::world::ALLOWED;
 use super::framing::Framing;
 use super::{RECOVERY_LIMIT, RETRY_EVERY, Tour, WATCH, first_answer};
 
@@ -129,7 +128,6 @@ impl Tour {
 
     /// The answer of the first write sent after `since` to one of these brokers, sent anew every 20 ms.
     async fn first_write(&self, webs: &[SocketAddr], since: Moment) -> anyhow::Result<f64> {
-        let id = self.world.users[ALLOWED].clone();
         let work = async {
             let mut attempts = JoinSet::new();
             let mut ticks = tokio::time::interval(RETRY_EVERY);
@@ -138,10 +136,11 @@ impl Tour {
             loop {
                 tokio::select! {
                     _ = ticks.tick() => {
-                        let (directory, id, web) = (self.world.directory.clone(), id.clone(), webs[number % webs.len()]);
+                        let (administrator, web) = (self.world.administrator.clone(), webs[number % webs.len()]);
                         number += 1;
-                        let name = json!(format!("Alma Allowed {number}"));
-                        attempts.spawn(async move { directory.patch(web, &id, "displayName", name).await });
+                        // Nothing refers to it, so that the write is all there is.
+                        let region = json!({ "Region": { "name": "elsewhere", "latitude": 0.0, "longitude": (number % 180) as f64 } });
+                        attempts.spawn(async move { administrator.apply(web, region).await });
                     }
                     Some(attempt) = attempts.join_next() => match attempt? {
                         Ok(answered) => return Ok(answered.ms_since(since)),
