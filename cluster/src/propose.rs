@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use parking_lot::Mutex;
 use openraft::async_runtime::WatchReceiver as _;
+use parking_lot::Mutex;
 use selvedge_domain::command::Dedupe;
 use selvedge_domain::{Actor, Body, Command, Id, Outcome, Rejected, RejectedCode, limits};
 use selvedge_proto::peer as wire;
@@ -26,6 +26,8 @@ pub const PROPOSAL_TIMEOUT: Duration = Duration::from_secs(10);
 pub const REQUESTS_OPEN_MAX: u64 = limits::DEDUPE_WINDOW / 2;
 /// One attempt at a leader that does not answer.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(3);
+/// One attempt at this broker's own queue, when it leads: longer than an entry may take to be answered.
+const ENQUEUED_TIMEOUT: Duration = Duration::from_secs(8);
 const RETRY_MIN: Duration = Duration::from_millis(20);
 const RETRY_MAX: Duration = Duration::from_millis(300);
 const BUSY_RETRY_AFTER_MS: u64 = 100;
@@ -277,9 +279,6 @@ impl Core {
         }
     }
 }
-
-/// The leader's own commands wait until their entry is answered, which is bounded there.
-const ENQUEUED_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// Whether a call certainly did nothing: it was refused at the door, or there was no connection.
 fn was_not_sent(status: &Status) -> bool {
