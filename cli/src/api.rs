@@ -16,7 +16,7 @@ use crate::context::{Context, Token};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 const READ_TIMEOUT: Duration = Duration::from_secs(20);
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(30);
-/// The longest that a broker waits for `Prefer: enforced`, and what is added to it here.
+/// The longest that a broker waits for `Prefer: enforced`; a change that wants it may take so much longer.
 const ENFORCED_WAIT: Duration = Duration::from_secs(120);
 /// A change is tried again for so long while no leader is there or its outcome is unknown.
 const CHANGE_DEADLINE: Duration = Duration::from_secs(20);
@@ -37,8 +37,8 @@ pub enum Error {
     /// HTTP cannot be set up.
     #[error("http")]
     Http(#[source] reqwest::Error),
-    /// Nobody answered.
-    #[error("no endpoint answered{}", each(.0))]
+    /// Nobody could be reached, or nobody could do it now.
+    #[error("no endpoint could do it{}", each(.0))]
     Unreachable(Vec<(String, String)>),
     /// It is not known whether the change was applied.
     #[error(
@@ -180,20 +180,22 @@ impl Client {
         let deadline = Instant::now() + CHANGE_DEADLINE;
         let mut unknown = false;
         loop {
-            let mut tried = Vec::new();
+            let (mut tried, mut reached) = (Vec::new(), false);
             for endpoint in &self.endpoints {
                 match self.change_at(endpoint, &method, path, body, wait, &key).await {
                     Attempt::Answered(answer) => return answer,
-                    Attempt::NotDone(why) => tried.push((shown(endpoint), why)),
+                    Attempt::NotDone(why) => {
+                        reached = true;
+                        tried.push((shown(endpoint), why));
+                    }
                     Attempt::Unknown(why) => {
                         unknown = true;
                         tried.push((shown(endpoint), why));
                     }
-                    Attempt::NotReached(why) => tried.push((shown(endpoint), why)),
+                    Attempt::NotReached(why) => tried.push((shown(endpoint), format!("not reached: {why}"))),
                 }
             }
-            let reached_none = !unknown && tried.iter().all(|(_, why)| why.starts_with(NOT_REACHED));
-            if reached_none || Instant::now() + PAUSE > deadline {
+            if !(reached || unknown) || Instant::now() + PAUSE > deadline {
                 return Err(if unknown { Error::Unknown(tried) } else { Error::Unreachable(tried) });
             }
             sleep(PAUSE).await;
@@ -213,7 +215,7 @@ impl Client {
         }
         let response = match request.send().await {
             Ok(response) => response,
-            Err(error) if error.is_connect() => return Attempt::NotReached(format!("{NOT_REACHED}{}", cause(&error))),
+            Err(error) if error.is_connect() => return Attempt::NotReached(cause(&error)),
             Err(error) => return Attempt::Unknown(cause(&error)),
         };
         let status = response.status();
@@ -244,8 +246,6 @@ impl Client {
         http.request(method, url).bearer_auth(self.token.reveal())
     }
 }
-
-const NOT_REACHED: &str = "not reached: ";
 
 enum Attempt {
     Answered(Result<Value, Error>),
