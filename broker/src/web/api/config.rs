@@ -126,7 +126,7 @@ pub(super) async fn apply(
         let (revision, changed) = would?;
         return Ok(Json(ApplyAnswer { revision, dry_run, changed, info: None }).into_response());
     }
-    // A refusal by this state may be out of date: `change` asks a state that is not.
+    // A refusal by this state may be out of date: the state in which the log applies the change decides.
     let changed = would.map(|(_, changed)| changed).unwrap_or_default();
     let done = context.change(&caller, &wanted, "apply", &target, preview.body).await?;
     let revision = policy::revision(&context.cluster.state());
