@@ -1,4 +1,4 @@
-//! Opening connections: TCP with the keepalives that every leg has, and TLS over it.
+//! Opening TCP connections, with the keepalives that every leg has.
 
 use std::collections::BTreeMap;
 use std::io;

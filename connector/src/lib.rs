@@ -1,6 +1,6 @@
 //! The side that dials out: enrolment, control streams to the best brokers, the app connector, and the client.
 //!
-//! Invariants: nothing here listens for others than the same user on loopback; a private key is made here and never
+//! Invariants: nothing here listens beyond loopback and a socket of the same user; a private key is made here and never
 //! leaves; application bytes leave this machine only inside the end-to-end TLS session.
 //!
 //! It decides nothing about access: brokers do. What it refuses by itself is what its own configuration does not allow.

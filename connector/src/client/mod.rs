@@ -66,7 +66,7 @@ struct Inner {
     spiffe: SpiffeId,
     anchors: Arc<Anchors>,
     source: Mutex<Source>,
-    hop: Mutex<Hop>,
+    hop: Mutex<HopTls>,
     shutdown: CancellationToken,
 }
 
@@ -77,7 +77,7 @@ enum Source {
 }
 
 /// The opening side of end-to-end handshakes, made of the identity of `modified`.
-struct Hop {
+struct HopTls {
     modified: Option<SystemTime>,
     checked: Instant,
     connector: TlsConnector,
@@ -119,7 +119,7 @@ impl Client {
             }
         };
         let anchors = Arc::new(state.anchors);
-        let hop = Hop::load(&options.state_dir, &anchors)?;
+        let hop = HopTls::load(&options.state_dir, &anchors)?;
         let (source, hop) = (Mutex::new(source), Mutex::new(hop));
         Ok(Self(Arc::new(Inner { options, spiffe: state.spiffe, anchors, source, hop, shutdown })))
     }
@@ -227,14 +227,14 @@ impl Client {
         if hop.checked.elapsed() > Duration::from_secs(1) {
             hop.checked = Instant::now();
             if modified(&self.0.options.state_dir) != hop.modified {
-                *hop = Hop::load(&self.0.options.state_dir, &self.0.anchors)?;
+                *hop = HopTls::load(&self.0.options.state_dir, &self.0.anchors)?;
             }
         }
         Ok(hop.connector.clone())
     }
 }
 
-impl Hop {
+impl HopTls {
     fn load(dir: &Path, anchors: &Arc<Anchors>) -> Result<Self, Error> {
         let modified = modified(dir);
         let identity = Identity::load(&identity_path(dir))?;

@@ -49,7 +49,7 @@ pub(super) struct Begun {
 
 /// The answer to a session that was asked for.
 pub(super) enum Waiting {
-    Own(oneshot::Receiver<Answer>, Arc<Link>, Arc<Own>, (String, u16)),
+    Own { own: Arc<Own>, link: Arc<Link>, answer: oneshot::Receiver<Answer>, target: (String, u16) },
     Guest(Guest),
 }
 
@@ -64,7 +64,7 @@ pub(super) enum Verdict {
 impl Waiting {
     pub(super) async fn verdict(&mut self) -> Verdict {
         match self {
-            Self::Own(answer, _, own, target) => match answer.await {
+            Self::Own { own, answer, target, .. } => match answer.await {
                 Ok(Answer::Opened(opened)) => {
                     if let Some(better) = &opened.better {
                         own.remember(target.clone(), better);
@@ -80,7 +80,7 @@ impl Waiting {
 
     /// Tells the broker that client and connector did not come together.
     pub(super) fn report(&self, session: Vec<u8>, code: SessionCode) {
-        if let Self::Own(_, link, ..) = self {
+        if let Self::Own { link, .. } = self {
             // A stream that is gone cannot be told.
             let _ = link.try_send(from_end::Message::HopFailed(HopFailed { session, code: code as u32 }));
         }
@@ -148,11 +148,8 @@ impl Own {
             })
             .map_err(|error| Error::Detached(error.to_string()))?;
         let target = (wish.host.clone(), wish.port);
-        Ok(Begun {
-            broker: link.broker.clone(),
-            ticket,
-            answer: Waiting::Own(answer, link.clone(), self.clone(), target),
-        })
+        let answer = Waiting::Own { own: self.clone(), link: link.clone(), answer, target };
+        Ok(Begun { broker: link.broker.clone(), ticket, answer })
     }
 
     pub(super) async fn why(&self, host: &str, port: u16) -> Result<String, Error> {
