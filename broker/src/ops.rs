@@ -1,14 +1,28 @@
 //! The `ops` listener: whether the broker lives, whether it serves, and its metrics. HTTP, on loopback.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
-use axum::http::StatusCode;
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse;
 use axum::routing::get;
-use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use selvedge_cluster::Cluster;
 use tokio_util::sync::CancellationToken;
+
+/// What was measured is put in order this often, whether anybody asks for it or not: until then it is kept whole.
+const UPKEEP_EVERY: Duration = Duration::from_secs(5);
+/// Content type of the metrics.
+///
+/// **Source** Prometheus text exposition format, 0.0.4.
+const TEXT_FORMAT: &str = "text/plain; version=0.0.4; charset=utf-8";
+/// Upper bounds of the histograms of times.
+///
+/// **Units** seconds.
+const SECONDS: [f64; 16] =
+    [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 
 /// What the listener answers from.
 #[derive(Clone)]
@@ -25,6 +39,14 @@ impl Ops {
 
     /// Serves until `stop`.
     pub async fn serve(self, listener: tokio::net::TcpListener, stop: CancellationToken) -> std::io::Result<()> {
+        let metrics_kept = self.metrics.clone();
+        let upkeep = async move {
+            loop {
+                tokio::time::sleep(UPKEEP_EVERY).await;
+                metrics_kept.run_upkeep();
+            }
+        };
+        tokio::spawn(stop.clone().run_until_cancelled_owned(upkeep));
         let router = Router::new()
             .route("/livez", get(|| async { "ok\n" }))
             .route("/readyz", get(ready))
@@ -34,11 +56,13 @@ impl Ops {
     }
 }
 
-/// Installs the process's metrics recorder.
+/// Installs the process's metrics recorder. Times are histograms, so that those of several brokers can be added up.
 ///
 /// **Errors** when one is installed already.
 pub fn install_metrics() -> Result<PrometheusHandle, metrics_exporter_prometheus::BuildError> {
-    let handle = PrometheusBuilder::new().install_recorder()?;
+    let times = Matcher::Suffix("_seconds".to_owned());
+    let handle = PrometheusBuilder::new().set_buckets_for_metric(times, &SECONDS)?.install_recorder()?;
+    selvedge_storage::metrics::describe();
     Ok(handle)
 }
 
@@ -53,7 +77,6 @@ async fn ready(State(ops): State<Arc<Ops>>) -> (StatusCode, &'static str) {
     }
 }
 
-async fn metrics(State(ops): State<Arc<Ops>>) -> String {
-    ops.metrics.run_upkeep();
-    ops.metrics.render()
+async fn metrics(State(ops): State<Arc<Ops>>) -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, TEXT_FORMAT)], ops.metrics.render())
 }

@@ -8,10 +8,10 @@ use clap::ValueEnum;
 use opentelemetry::trace::TracerProvider as _;
 use opentelemetry_otlp::{SpanExporter, WithExportConfig as _};
 use opentelemetry_sdk::Resource;
-use opentelemetry_sdk::propagation::TraceContextPropagator;
-use opentelemetry_sdk::trace::SdkTracerProvider;
+use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider};
+use tracing::Level;
 use tracing::level_filters::LevelFilter;
-use tracing_subscriber::filter::Targets;
+use tracing_subscriber::filter::{FilterExt as _, Targets, filter_fn};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer as _};
@@ -61,11 +61,12 @@ pub fn start(options: &Options) -> anyhow::Result<Telemetry> {
         let own = Targets::new()
             .with_target("selvedge_broker", LevelFilter::DEBUG)
             .with_target("selvedge_connector", LevelFilter::DEBUG)
-            .with_target("selvedge_cluster", LevelFilter::INFO);
+            .with_target("selvedge_cluster", LevelFilter::INFO)
+            // Names and destinations are said below INFO alone, and stay on this machine.
+            .and(filter_fn(|metadata| metadata.is_span() || *metadata.level() <= Level::INFO));
         tracing_opentelemetry::layer().with_tracer(provider.tracer("selvedge")).with_filter(own)
     });
     tracing_subscriber::registry().with(lines).with(traces).try_init().context("logging is set up already")?;
-    opentelemetry::global::set_text_map_propagator(TraceContextPropagator::new());
     Ok(Telemetry(provider))
 }
 
@@ -76,7 +77,10 @@ fn provider(endpoint: &str, service: &'static str) -> anyhow::Result<SdkTracerPr
     let exporter = SpanExporter::builder().with_tonic().with_endpoint(endpoint).build();
     let exporter = exporter.with_context(|| format!("cannot use the OTLP endpoint `{endpoint}`"))?;
     let resource = Resource::builder().with_service_name(service).build();
-    Ok(SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource).build())
+    // Whoever has an endpoint records every attempt, whether the peer that began it records any or not: few people's
+    // clients do. Which traces are kept is the collector's business.
+    let builder = SdkTracerProvider::builder().with_sampler(Sampler::AlwaysOn);
+    Ok(builder.with_batch_exporter(exporter).with_resource(resource).build())
 }
 
 impl Telemetry {

@@ -53,7 +53,6 @@ impl Log {
         match &appended {
             Ok(_) => ::metrics::counter!(metrics::RECORDS, "kind" => record.kind()).increment(1),
             Err(error) => {
-                ::metrics::counter!(metrics::REFUSED).increment(1);
                 tracing::warn!(%error, kind = record.kind(), "an audit record was not accepted");
             }
         }

@@ -4,8 +4,6 @@ use metrics::{Unit, describe_counter, describe_gauge};
 
 /// Records appended, by kind.
 pub const RECORDS: &str = "selvedge_audit_records_total";
-/// Records that the journal did not take.
-pub const REFUSED: &str = "selvedge_audit_refused_total";
 /// Records sent to receivers.
 pub const SENT: &str = "selvedge_audit_sent_total";
 /// Connections to receivers that failed or broke.
@@ -16,7 +14,6 @@ pub const BACKLOG_RECORDS: &str = "selvedge_audit_backlog_records";
 /// Describes them to the recorder.
 pub fn describe() {
     describe_counter!(RECORDS, Unit::Count, "audit records appended, by kind");
-    describe_counter!(REFUSED, Unit::Count, "audit records that the journal did not take");
     describe_counter!(SENT, Unit::Count, "audit records sent to log receivers");
     describe_counter!(CONNECTION_FAILURES, Unit::Count, "connections to log receivers that failed or broke");
     describe_gauge!(BACKLOG_RECORDS, Unit::Count, "audit records that the slowest log receiver still lacks");

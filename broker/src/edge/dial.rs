@@ -19,7 +19,7 @@ use super::ends::End;
 use super::sessions::Session;
 use super::standing::principal_text;
 use super::tickets::{Awaited, Hop};
-use super::{Edge, control, metrics, push};
+use super::{Edge, control, metrics, push, trace};
 use crate::routing::Via;
 
 /// A connector that has neither answered nor opened its hop by then is given up.
@@ -177,7 +177,7 @@ fn message(edge: &Edge, state: &State, session: &Session, segment: &Segment, tic
         principal: principal_text(session.caller.principal),
         presenter: session.caller.peer.id.to_string(),
         lease_left_ms: edge.ground.lease_left_ms(),
-        traceparent: session.traceparent.clone(),
+        traceparent: trace::onward(&session.traceparent),
         deadline_ms: READY_TIMEOUT.as_millis() as u64,
         idle_ms: segment.idle_ms,
     }

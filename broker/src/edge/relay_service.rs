@@ -16,10 +16,11 @@ use selvedge_proto::control::Dial;
 use selvedge_proto::frame::SessionCode;
 use selvedge_proto::relay::{CutReply, CutRequest, DialReply, DialRequest, SoftState, relay_server};
 use tonic::{Request, Response, Status};
+use tracing::Instrument as _;
 
 use super::enforce::Hook;
 use super::standing::parse_principal;
-use super::{Edge, dial, ground};
+use super::{Edge, dial, ground, trace};
 
 /// How long a relayed dial waits until this broker has applied the state that the caller decided on.
 pub const POSITION_WAIT: Duration = Duration::from_secs(1);
@@ -42,7 +43,11 @@ impl relay_server::Relay for RelayService {
     async fn dial(&self, request: Request<DialRequest>) -> Result<Response<DialReply>, Status> {
         let edge = self.edge(&request, request.get_ref().node)?;
         let request = request.into_inner();
-        let reply = match relayed(edge, request).await {
+        let span = tracing::debug_span!("relay.dial", caller = request.node, connector = request.connector);
+        if let Some(dial) = &request.dial {
+            trace::follow(&span, &dial.traceparent);
+        }
+        let reply = match relayed(edge, request).instrument(span).await {
             Ok(reply) => reply,
             Err(code) => DialReply { code: code as u32, app_rtt_us: 0 },
         };
@@ -65,7 +70,8 @@ impl relay_server::Relay for RelayService {
 }
 
 async fn relayed(edge: &Edge, request: DialRequest) -> Result<DialReply, SessionCode> {
-    let asked = request.dial.ok_or(SessionCode::ProtocolError)?;
+    let mut asked = request.dial.ok_or(SessionCode::ProtocolError)?;
+    asked.traceparent = trace::onward(&asked.traceparent);
     let position = request.position.map(|p| Id::new(p.epoch, p.seq)).ok_or(SessionCode::ProtocolError)?;
     if !ground::applied(&*edge.ground, position, POSITION_WAIT).await || !edge.ground.lease_open() {
         return Err(SessionCode::Stale);

@@ -30,6 +30,16 @@ pub(super) fn follow(span: &tracing::Span, traceparent: &str) {
     }
 }
 
+/// What a message that the current span sends on carries: that span when it is recorded, otherwise what was accepted.
+pub(super) fn onward(accepted: &str) -> String {
+    let context = tracing::Span::current().context();
+    let span = context.span().span_context().clone();
+    if !span.is_valid() {
+        return accepted.to_owned();
+    }
+    format!("00-{}-{}-{:02x}", span.trace_id(), span.span_id(), span.trace_flags().to_u8())
+}
+
 fn parts(traceparent: &str) -> Option<(TraceId, SpanId, TraceFlags)> {
     let mut fields = traceparent.split('-');
     let (version, trace, parent, flags) = (fields.next()?, fields.next()?, fields.next()?, fields.next()?);

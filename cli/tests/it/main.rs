@@ -5,5 +5,6 @@ mod bad_input;
 mod commands;
 mod durability;
 mod syslog;
+mod telemetry;
 #[expect(dead_code, reason = "the benchmarks use more of it")]
 mod world;

@@ -16,6 +16,8 @@ pub struct World {
     dir: tempfile::TempDir,
     pub brokers: Vec<Broker>,
     children: Vec<(String, Child)>,
+    /// What the environment of every command has besides.
+    pub env: Vec<(String, String)>,
 }
 
 /// One broker: where it is, and its process while it runs.
@@ -32,8 +34,13 @@ pub struct Broker {
 impl World {
     /// A cluster of `brokers` brokers, initialised, with a context for the command line.
     pub fn start(bin: &Path, brokers: usize) -> Self {
+        Self::start_with(bin, brokers, Vec::new())
+    }
+
+    /// The same, with more in the environment of every command.
+    pub fn start_with(bin: &Path, brokers: usize, env: Vec<(String, String)>) -> Self {
         let dir = tempfile::tempdir().expect("a directory for the world");
-        let mut world = Self { bin: bin.to_owned(), dir, brokers: Vec::new(), children: Vec::new() };
+        let mut world = Self { bin: bin.to_owned(), dir, brokers: Vec::new(), children: Vec::new(), env };
         for number in 1..=brokers {
             world.add_broker(number);
         }
@@ -74,7 +81,8 @@ impl World {
     }
 
     fn start_first(&mut self) -> String {
-        let mut child = self.command(&["broker", "--config", text(&self.brokers[0].config)]).stdout(Stdio::piped()).spawn().expect("a broker");
+        let mut command = self.command(&["broker", "--config", text(&self.brokers[0].config)]);
+        let mut child = command.stdout(Stdio::piped()).stderr(self.broker_log(0)).spawn().expect("a broker");
         let stdout = child.stdout.take().expect("piped");
         self.brokers[0].process = Some(child);
         let mut lines = BufReader::new(stdout).lines();
@@ -97,10 +105,14 @@ impl World {
     /// Starts a broker's process.
     pub fn spawn_broker(&mut self, number: usize) {
         let config = self.brokers[number].config.clone();
-        let log = std::fs::File::options().create(true).append(true).open(self.path(&format!("{}.log", self.brokers[number].name)));
-        let log = log.expect("a log file");
+        let log = self.broker_log(number);
         let child = self.command(&["broker", "--config", text(&config)]).stdout(Stdio::null()).stderr(log).spawn();
         self.brokers[number].process = Some(child.expect("a broker"));
+    }
+
+    fn broker_log(&self, number: usize) -> std::fs::File {
+        let path = self.path(&format!("{}.log", self.brokers[number].name));
+        std::fs::File::options().create(true).append(true).open(path).expect("a log file")
     }
 
     /// Waits until a broker's `readyz` answers 200.
@@ -138,6 +150,7 @@ impl World {
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.bin);
         command.args(args).env("SELVEDGE_HOME", self.path("home")).env_remove("SELVEDGE_CONTEXT").stdin(Stdio::null());
+        command.envs(self.env.iter().map(|(name, value)| (name, value)));
         command
     }
 

@@ -12,7 +12,7 @@ use selvedge_proto::tls;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::client::TlsStream;
-use tracing::{Instrument as _, debug, info_span};
+use tracing::{Instrument as _, debug, debug_span, info_span};
 
 use super::source::{Begun, Verdict, Wish};
 use super::{Client, Error, Source, Tunnel};
@@ -110,9 +110,11 @@ async fn join(client: &Client, wish: &Wish, transport: Transport, begun: Begun) 
     let connector = client.hop_connector().map_err(Failure::Final)?;
     let server = end::server_name(&broker).map_err(|error| Failure::Final(Error::Detached(error.to_string())))?;
     let hop = async {
-        let stream = dial::broker(&client.0.options.via, &broker).await?;
+        let dial = dial::broker(&client.0.options.via, &broker);
+        let stream = dial.instrument(debug_span!("session.dial", broker = node)).await?;
         let alpn = vec![tls::HOP_ALPN.to_vec(), ticket.alpn()];
-        connector.with_alpn(alpn).connect(server, stream).await.map(Box::new)
+        let handshake = connector.with_alpn(alpn).connect(server, stream);
+        handshake.instrument(debug_span!("session.handshake")).await.map(Box::new)
     };
     let met = {
         let verdict = answer.verdict();

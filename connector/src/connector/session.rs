@@ -16,7 +16,7 @@ use selvedge_proto::tls;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::server::TlsStream;
-use tracing::{Instrument as _, debug, info_span};
+use tracing::{Instrument as _, debug, debug_span, info_span};
 
 use super::{Entry, Role, parked, session_id, udp};
 use crate::copy::{self, Counts, Ended, Limits};
@@ -171,7 +171,7 @@ async fn join(role: &Role, link: &Link, request: &Request, entry: &Entry, fence:
     answer(link, session, SessionCode::Unspecified, app_rtt_us).await;
     let accepted = tokio::select! {
         () = entry.cut.cancelled() => return Outcome::Cut,
-        accepted = accept(role, request, hop) => accepted,
+        accepted = accept(role, request, hop).instrument(debug_span!("connector.handshake")) => accepted,
     };
     let mut hop = match accepted {
         Ok(hop) => hop,
@@ -207,7 +207,7 @@ async fn open(role: &Role, request: &Request) -> Result<(App, TcpStream, u64), S
             return Ok((App::Udp(address), 0));
         }
         let began = Instant::now();
-        let span = info_span!("connector.app_connect");
+        let span = debug_span!("connector.app_connect");
         let stream =
             dial::application(address, request.ready).instrument(span).await.map_err(|error| app_code(&error))?;
         let rtt_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX).max(1);
@@ -224,6 +224,7 @@ async fn open(role: &Role, request: &Request) -> Result<(App, TcpStream, u64), S
             }),
         }
     };
+    let hop = hop.instrument(debug_span!("connector.dial", broker = request.broker.node, parked = request.is_parked));
     let ((app, rtt_us), hop) = tokio::try_join!(app, hop)?;
     Ok((app, hop, rtt_us))
 }
