@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use sha2::{Digest as _, Sha256};
-use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::clock::Moment;
@@ -182,7 +182,7 @@ async fn chat_session(mut socket: TcpStream, heard: Heard) -> io::Result<()> {
 }
 
 async fn frames(
-    mut read: impl AsyncRead + tokio::io::AsyncBufRead + Unpin,
+    mut read: impl tokio::io::AsyncBufRead + Unpin,
     mut write: impl tokio::io::AsyncWrite + Unpin,
     word: &str,
     heard: &Heard,

@@ -115,7 +115,9 @@ async fn demonstrate(keep: bool) -> anyhow::Result<ExitCode> {
     let mut world = built?;
     let mut requests = control::listen(&home.control())?;
     let mut listeners = show::listeners(&mut world).await?;
-    say(&show::banner(&world, &listeners, keep));
+    let status = world.cli.json(&["cluster", "status", "--json"]).await?;
+    let leader = status["leader_name"].as_str().unwrap_or(Region::ALL[0].name());
+    say(&show::banner(&world, &listeners, leader, keep));
     loop {
         tokio::select! {
             () = ended.wait() => break,

@@ -34,14 +34,14 @@ pub async fn listeners(world: &mut World) -> anyhow::Result<Vec<Listener>> {
 }
 
 /// The whole banner.
-pub fn banner(world: &World, listeners: &[Listener], keep: bool) -> String {
+pub fn banner(world: &World, listeners: &[Listener], leader: &str, keep: bool) -> String {
     let mut text = String::new();
     // Writing to a string does not fail.
-    let _ = write(&mut text, world, listeners, keep);
+    let _ = write(&mut text, world, listeners, leader, keep);
     text
 }
 
-fn write(text: &mut String, world: &World, listeners: &[Listener], keep: bool) -> std::fmt::Result {
+fn write(text: &mut String, world: &World, listeners: &[Listener], leader: &str, keep: bool) -> std::fmt::Result {
     let binary = std::env::current_exe().unwrap_or_else(|_| "selvedge".into());
     let binary = shown(&binary);
     writeln!(text, "\nSelvedge runs: three brokers in three regions, one cluster.\n")?;
@@ -104,7 +104,7 @@ fn write(text: &mut String, world: &World, listeners: &[Listener], keep: bool) -
         apps::CRM.0,
         apps::CRM.1
     )?;
-    writeln!(text, "  {binary} demo kill frankfurt && SELVEDGE_HOME={home} {binary} cluster status")?;
+    writeln!(text, "  {binary} demo kill {leader} && sleep 4 && SELVEDGE_HOME={home} {binary} cluster status")?;
     writeln!(text, "\nCtrl-C ends it.")
 }
 
