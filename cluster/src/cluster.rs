@@ -200,12 +200,6 @@ impl Cluster {
         self.core.published.now_ms()
     }
 
-    /// Whether an entry that was made since this process started was applied: the cluster's time is known, and a
-    /// certificate's beginning may be judged.
-    pub fn knows_time(&self) -> bool {
-        self.core.published.time().is_of_this_boot()
-    }
-
     /// A connection to another broker, for the services that the broker registers beside ours.
     pub fn channel(&self, node: u64) -> PeerChannel {
         self.core.dialer.channel(node, Purpose::Extra)

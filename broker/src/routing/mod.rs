@@ -208,12 +208,6 @@ impl Routing {
         node == self.node || self.soft.lock().brokers.get(&node).is_some_and(Heard::alive)
     }
 
-    /// Measured RTTs from here to the other brokers, milliseconds.
-    pub fn broker_rtts_ms(&self) -> BTreeMap<u64, f64> {
-        let soft = self.soft.lock();
-        soft.brokers.iter().filter_map(|(node, heard)| Some((*node, millis(heard.rtt?)))).collect()
-    }
-
     /// Where a connector's control stream ends; this broker first, then the nearest one that is alive.
     pub fn via(&self, connector: Id) -> Option<Via> {
         let soft = self.soft.lock();
