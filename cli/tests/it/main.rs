@@ -4,6 +4,9 @@ mod access;
 mod bad_input;
 mod commands;
 mod durability;
+mod front_ends;
+mod regions;
+mod shop;
 mod syslog;
 mod telemetry;
 #[expect(dead_code, reason = "the benchmarks use more of it")]

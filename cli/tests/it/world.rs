@@ -211,6 +211,11 @@ impl World {
 
     /// Enrols and starts a connector that reaches `host` at 127.0.0.1.
     pub fn connector(&mut self, name: &str, hosts: &[&str]) {
+        self.connector_via(name, hosts, &[]);
+    }
+
+    /// The same, dialling brokers where `via` says.
+    pub fn connector_via(&mut self, name: &str, hosts: &[&str], via: &[(&str, SocketAddr)]) {
         let secret = self.secret("connector", "here");
         let state = self.path(name);
         let web = self.brokers[0].web.to_string();
@@ -219,6 +224,10 @@ impl World {
         let mut toml = format!("state = {state:?}\nname = \"{name}\"\nallow = [\"127.0.0.1\"]\n[hosts]\n");
         for host in hosts {
             writeln!(toml, "\"{host}\" = \"127.0.0.1\"").expect("to a string");
+        }
+        toml.push_str("[via]\n");
+        for (broker, address) in via {
+            writeln!(toml, "{broker} = \"{address}\"").expect("to a string");
         }
         std::fs::write(&config, toml).expect("a connector's configuration");
         self.spawn(name, &["connector", "run", "--config", text(&config)]);

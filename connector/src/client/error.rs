@@ -11,6 +11,9 @@ pub enum Error {
     /// Denied, unknown, or not a name at all: one answer for all.
     #[error("no such name `{0}`")]
     NoSuchName(String),
+    /// In no zone: no broker is asked about it.
+    #[error("`{0}` is in no private zone; reach it without this proxy")]
+    NotPrivate(String),
     /// Allowed, but nothing reaches it now.
     #[error("`{0}` is unavailable")]
     Unavailable(String),

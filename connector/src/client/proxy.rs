@@ -68,7 +68,7 @@ async fn serve(client: &Client, mut stream: TcpStream, report: &(impl Fn(Report)
         Err(_) => Err(Error::NoSuchName(host.clone())),
         Ok(name) => match client.is_private(&name).await {
             Ok(true) => client.open(&host, port, Transport::Tcp).await,
-            Ok(false) => Err(Error::NoSuchName(host.clone())),
+            Ok(false) => Err(Error::NotPrivate(host.clone())),
             Err(error) => Err(error),
         },
     };
@@ -126,13 +126,13 @@ impl Speaks {
             Self::Socks => socks_reply(match error {
                 Error::NoSuchName(_) => 4,
                 Error::Unavailable(_) | Error::TimedOut(_) => 5,
-                Error::Reauthenticate | Error::Upgrade => 2,
+                Error::NotPrivate(_) | Error::Reauthenticate | Error::Upgrade => 2,
                 _ => 1,
             }),
             Self::Http => {
                 let status = match error {
                     Error::NoSuchName(_) => "502 Bad Gateway",
-                    Error::Reauthenticate | Error::Upgrade => "403 Forbidden",
+                    Error::NotPrivate(_) | Error::Reauthenticate | Error::Upgrade => "403 Forbidden",
                     Error::TimedOut(_) => "504 Gateway Timeout",
                     _ => "503 Service Unavailable",
                 };
