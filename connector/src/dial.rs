@@ -16,7 +16,6 @@ pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_PROBES: u32 = 3;
-const USER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Where to dial instead of a broker's advertised edge address.
 ///
@@ -42,14 +41,14 @@ pub(crate) async fn application(address: SocketAddr, within: Duration) -> io::Re
     Ok(stream)
 }
 
-/// No delay, keepalive 30/10/3, and 30 s for unacknowledged data.
+/// No delay, keepalive 30/10/3. There is no limit for unacknowledged data: it would take a program that pauses, or a
+/// broker that holds, for dead.
 pub(crate) fn prepare(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);
     let keepalive =
         TcpKeepalive::new().with_time(KEEPALIVE_IDLE).with_interval(KEEPALIVE_INTERVAL).with_retries(KEEPALIVE_PROBES);
-    socket.set_tcp_keepalive(&keepalive)?;
-    socket.set_tcp_user_timeout(Some(USER_TIMEOUT))
+    socket.set_tcp_keepalive(&keepalive)
 }
 
 /// Makes closing the socket a reset.

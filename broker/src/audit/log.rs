@@ -53,7 +53,7 @@ impl Log {
         match &appended {
             Ok(_) => ::metrics::counter!(metrics::RECORDS, "kind" => record.kind()).increment(1),
             Err(error) => {
-                tracing::warn!(%error, kind = record.kind(), "an audit record was not accepted");
+                tracing::warn!(code = "SE0201", %error, kind = record.kind(), "an audit record was not accepted");
             }
         }
         appended

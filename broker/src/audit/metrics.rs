@@ -10,11 +10,14 @@ pub const SENT: &str = "selvedge_audit_sent_total";
 pub const CONNECTION_FAILURES: &str = "selvedge_audit_connection_failures_total";
 /// Records that the slowest receiver still lacks, of this broker's own streams.
 pub const BACKLOG_RECORDS: &str = "selvedge_audit_backlog_records";
+/// Bytes of old segments that were deleted.
+pub const FREED_BYTES: &str = "selvedge_audit_freed_bytes_total";
 
 /// Describes them to the recorder.
 pub fn describe() {
     describe_counter!(RECORDS, Unit::Count, "audit records appended, by kind");
     describe_counter!(SENT, Unit::Count, "audit records sent to log receivers");
     describe_counter!(CONNECTION_FAILURES, Unit::Count, "connections to log receivers that failed or broke");
+    describe_counter!(FREED_BYTES, Unit::Bytes, "bytes of old audit segments that were deleted");
     describe_gauge!(BACKLOG_RECORDS, Unit::Count, "audit records that the slowest log receiver still lacks");
 }

@@ -7,6 +7,7 @@ mod export;
 mod log;
 mod metrics;
 mod record;
+pub mod retention;
 
 pub use export::{Exporter, line};
 pub use log::{Appended, Error, Log};

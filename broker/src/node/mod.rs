@@ -21,7 +21,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::audit::{Exporter, Log, Record, SessionLost};
+use crate::audit::{Exporter, Log, Record, SessionLost, retention};
 use crate::config::Valid;
 use crate::decision::Decider;
 use crate::edge::{self, Edge};
@@ -230,6 +230,7 @@ impl Broker {
         });
         let web = web::Web::serve(context, listeners.web, certificates)
             .map_err(|source| Error::Listen { listener: "web", address: config.web.bind.to_string(), source })?;
+        tasks.spawn(retention::run(cluster.clone(), log.clone(), stop.clone()));
         tasks.spawn(Exporter::new(cluster.clone(), log, config.name.clone()).run(stop.clone()));
         let (ops, ops_stop) = (Ops::new(cluster.clone(), metrics), stop.clone());
         tasks.spawn(async move {
