@@ -65,8 +65,9 @@ pub(crate) async fn run(core: Arc<Core>, enforcer: Arc<dyn Enforcer>, mut queue:
         let enforcer = enforcer.clone();
         let judged = tokio::task::spawn_blocking(move || judge(&*enforcer, batch)).await;
         if judged.is_err() {
-            // What was not judged must not count as enforced, now or later: the lease ends.
-            tracing::error!("enforcing panicked; this broker's lease is not renewed any more");
+            // What was not judged must not count as enforced, now or later: the lease is not renewed any more, and only
+            // a new start, which judges nothing because it carries nothing, gets another one.
+            core.fail(Fatal::Enforcing { index: at.next_index.saturating_sub(1) });
             return;
         }
         core.enforced.send_replace(at);

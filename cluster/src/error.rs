@@ -86,6 +86,12 @@ pub enum Fatal {
         /// Where.
         index: u64,
     },
+    /// Judging sessions again after a change panicked: what was not judged never counts as enforced.
+    #[error("enforcing the changes up to index {index} failed")]
+    Enforcing {
+        /// The last change of the attempt.
+        index: u64,
+    },
 }
 
 impl Fatal {
@@ -94,6 +100,7 @@ impl Fatal {
         match self {
             Self::Raft(_) => "SE0101",
             Self::StateDiffers { .. } => "SE0102",
+            Self::Enforcing { .. } => "SE0103",
         }
     }
 }

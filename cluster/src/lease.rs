@@ -17,10 +17,17 @@ pub const CLOCK_STEP_MS_MAX: u64 = 1_000;
 pub struct Lease {
     clock: Arc<dyn Clock>,
     end_ms: AtomicU64,
-    /// Wall clock minus boottime at the last renewal.
+    /// Wall clock minus boottime when the last renewal was asked for.
     skew_ms: AtomicI64,
     renewed: watch::Sender<u64>,
     wanted: Notify,
+}
+
+/// What the clocks said before a renewal was asked for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Asking {
+    at_ms: u64,
+    skew_ms: i64,
 }
 
 impl Lease {
@@ -29,10 +36,17 @@ impl Lease {
         Self { clock, end_ms: AtomicU64::new(0), skew_ms, renewed: watch::Sender::new(0), wanted: Notify::new() }
     }
 
-    /// Sets the lease's end from the moment of asking; never takes back what was given.
-    pub(crate) fn renew(&self, asked_at_ms: u64, lease_ms: u64) {
-        self.skew_ms.store(skew_ms(&*self.clock), Ordering::Release);
-        let end_ms = asked_at_ms + lease_ms;
+    /// The clocks before a renewal is asked for.
+    pub(crate) fn asking(&self) -> Asking {
+        let at_ms = self.clock.boottime_ms();
+        Asking { at_ms, skew_ms: skew_ms(&*self.clock) }
+    }
+
+    /// Sets the lease's end from the moment of asking; never takes back what was given. A machine that was stopped
+    /// between asking and this stays closed: the skew is that of asking, too.
+    pub(crate) fn renew(&self, asked: Asking, lease_ms: u64) {
+        self.skew_ms.store(asked.skew_ms, Ordering::Release);
+        let end_ms = asked.at_ms + lease_ms;
         self.end_ms.fetch_max(end_ms, Ordering::AcqRel);
         self.renewed.send_modify(|end| *end = (*end).max(end_ms));
     }
@@ -105,7 +119,7 @@ mod tests {
     fn a_lease_counts_from_the_moment_of_asking_and_ends_by_itself() {
         let (clock, lease) = lease();
         assert!(!lease.open(), "it starts with none");
-        let asked = clock.boottime_ms();
+        let asked = lease.asking();
         pass(&clock, 400);
         lease.renew(asked, 1_000);
         assert_eq!(lease.left_ms(), 600);
@@ -119,18 +133,31 @@ mod tests {
     #[test]
     fn a_late_renewal_never_shortens_it() {
         let (clock, lease) = lease();
-        lease.renew(clock.boottime_ms(), 1_000);
-        lease.renew(clock.boottime_ms() - 500, 1_000);
+        let early = lease.asking();
+        pass(&clock, 500);
+        lease.renew(lease.asking(), 1_000);
+        lease.renew(early, 1_000);
         assert_eq!(lease.left_ms(), 1_000);
     }
 
     #[test]
     fn a_stepped_wall_clock_holds_flows_until_the_next_renewal() {
         let (clock, lease) = lease();
-        lease.renew(clock.boottime_ms(), 10_000);
+        lease.renew(lease.asking(), 10_000);
         clock.wall.fetch_add(CLOCK_STEP_MS_MAX + 1, Ordering::SeqCst);
         assert!(!lease.open());
-        lease.renew(clock.boottime_ms(), 10_000);
+        lease.renew(lease.asking(), 10_000);
+        assert!(lease.open());
+    }
+
+    #[test]
+    fn an_answer_from_before_the_machine_was_stopped_opens_nothing() {
+        let (clock, lease) = lease();
+        let asked = lease.asking();
+        clock.wall.fetch_add(60_000, Ordering::SeqCst);
+        lease.renew(asked, 10_000);
+        assert!(!lease.open());
+        lease.renew(lease.asking(), 10_000);
         assert!(lease.open());
     }
 }

@@ -127,7 +127,7 @@ impl Core {
     /// One renewal: notes the time, asks the leader, and waits until that is enforced here.
     async fn renew_once(&self) -> Result<(), Error> {
         let lease_ms = self.lease_ms();
-        let asked_at_ms = self.clock.boottime_ms();
+        let asked = self.lease.asking();
         let deadline = Instant::now() + Duration::from_millis(lease_ms / 2);
         let index = self.read_index(true, deadline).await?;
         let mut enforced = self.enforced.subscribe();
@@ -135,7 +135,7 @@ impl Core {
         let reached = tokio::time::timeout_at(deadline.into(), reached).await.map_err(|_| Error::TimedOut)?;
         reached.map_err(|_| Error::Unavailable)?;
         // A lease that was shortened meanwhile is in what was just enforced.
-        self.lease.renew(asked_at_ms, lease_ms.min(self.lease_ms()));
+        self.lease.renew(asked, lease_ms.min(self.lease_ms()));
         Ok(())
     }
 }
