@@ -185,8 +185,8 @@ impl Opening<'_> {
         let (edge, session) = (self.edge, self.session);
         let answer = first_answer(&connector.stream);
         tokio::pin!(answer);
-        let mut told = false;
-        session.carried.store(true, Ordering::Relaxed);
+        let (mut answered, mut told) = (false, false);
+        session.carried.store(true, Ordering::Release);
         let flow = Flow {
             client: client.stream,
             connector: connector.stream,
@@ -208,13 +208,11 @@ impl Opening<'_> {
             let look = next_look(age, quiet, self.segment.idle_ms, self.segment.absolute_ms, verdict_left_ms);
             tokio::select! {
                 biased;
-                answers = &mut answer, if !told => {
+                answers = &mut answer, if !answered => {
+                    answered = true;
                     if answers {
                         self.opened(id);
-                    }
-                    told = answers;
-                    if !answers {
-                        return (run.await, false);
+                        told = true;
                     }
                 }
                 closed = &mut run => {
@@ -225,6 +223,7 @@ impl Opening<'_> {
                     }
                     return (closed, told);
                 }
+                () = session.good_until_moved.notified() => {}
                 () = tokio::time::sleep(look), if !session.cut.is_cancelled() => self.look(carried_ms),
             }
         }

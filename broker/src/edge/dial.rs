@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use super::ends::End;
 use super::sessions::Session;
-use super::standing::principal_text;
+use super::standing::{self, principal_text};
 use super::tickets::{Awaited, Hop};
 use super::{Edge, control, metrics, push, trace};
 use crate::routing::Via;
@@ -64,6 +64,11 @@ impl Dials {
 /// Asks a connector that is attached here, and waits for its answer.
 pub(super) async fn ask_here(edge: &Edge, end: &End, dial: Dial) -> Result<DialAnswer, SessionCode> {
     let session = session_id(&dial.session).ok_or(SessionCode::ProtocolError)?;
+    // Its certificate may have expired since it attached.
+    if let Err(unfit) = standing::check(&edge.ground.state(), &end.peer, edge.ground.now_ms()) {
+        edge.expel(end, unfit);
+        return Err(SessionCode::Unavailable);
+    }
     let (waiting, answer) = oneshot::channel();
     edge.dials.answers.lock().insert((session, end.subject), waiting);
     let asked = end.send(Out::Dial(dial));
@@ -99,6 +104,11 @@ async fn try_dial(
 ) -> Result<Hop, SessionCode> {
     let begun = Instant::now();
     let state = edge.ground.state();
+    // Segment and connector are in the indexes since the first verdict: a change from before is in this state, a later
+    // one finds the session.
+    if edge.judge_again(session, &state, false) {
+        return Err(session.cut_code().unwrap_or(SessionCode::Revoked));
+    }
     let via = edge.routing.via(connector).ok_or(SessionCode::Unavailable)?;
     let here = edge.ends.connector(connector);
     // A hop that is parked here serves whoever passes the dial on.

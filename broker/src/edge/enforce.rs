@@ -1,5 +1,6 @@
 //! Enforces a change: what it touches is judged again, and what is refused is cut, before the position moves.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 
 use selvedge_cluster::Enforcer;
@@ -11,10 +12,11 @@ use selvedge_domain::{Id, State};
 use selvedge_proto::frame::SessionCode;
 use selvedge_proto::identity::{Kind, SpiffeId};
 use selvedge_proto::relay::relay_server::RelayServer;
-use tokio::time::timeout;
 
 use super::relay_service::RelayService;
+use super::ends::End;
 use super::sessions::{Session, Touched};
+use super::standing::Unfit;
 use super::{Edge, dial, metrics, standing};
 
 /// Stands in for the edge where the cluster must be told of it before it exists: the cluster calls it, and until
@@ -93,26 +95,35 @@ impl Edge {
         let now_ms = self.ground.now_ms();
         for end in self.ends.all() {
             if let Err(unfit) = standing::check(state, &end.peer, now_ms) {
-                tracing::info!(end = %end.peer.id, reason = unfit.as_str(), "a control stream is closed by a change");
-                end.close(unfit.as_str());
-                self.tickets.close_stream(end.key);
+                self.expel(&end, unfit);
             }
         }
+    }
+
+    /// Closes the control stream of an end that does not stand any more, and forgets its tickets and parked hops.
+    pub(super) fn expel(&self, end: &End, unfit: Unfit) {
+        tracing::info!(end = %end.peer.id, reason = unfit.as_str(), "a control stream is closed: its end does not stand");
+        end.close(unfit.as_str());
+        self.tickets.close_stream(end.key);
     }
 
     /// Waits until nothing of these sessions is forwarded here, and their connectors have said the same.
     async fn confirm(&self, cut: &[Arc<Session>]) {
         let each = cut.iter().map(|session| async move {
             let code = session.cut_code().unwrap_or(SessionCode::Revoked);
-            let over = timeout(dial::CUT_TIMEOUT, session.over.cancelled());
-            match session.connector() {
-                Some(connector) => {
-                    let _ = tokio::join!(over, dial::cut(self, connector, session.id, code));
+            let told = async {
+                if let Some(connector) = session.connector() {
+                    dial::cut(self, connector, session.id, code).await;
                 }
-                None => {
-                    let _ = over.await;
+            };
+            // What carries is waited for to its end, however long that takes: a broker that cannot stop it keeps no
+            // lease. What does not yet looks at the cut between saying that it carries and its first byte.
+            let over = async {
+                if session.carried.load(Ordering::Acquire) {
+                    session.over.cancelled().await;
                 }
-            }
+            };
+            tokio::join!(over, told);
         });
         futures::future::join_all(each).await;
     }

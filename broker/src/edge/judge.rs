@@ -2,9 +2,9 @@
 
 use std::sync::atomic::Ordering;
 
-use selvedge_domain::State;
+use selvedge_domain::{Id, State};
 use selvedge_domain::policy::{Reason, Verdict};
-use selvedge_domain::rows::Connector;
+use selvedge_domain::rows::{Connector, Segment};
 use selvedge_proto::frame::SessionCode;
 
 use super::Edge;
@@ -30,19 +30,18 @@ impl Edge {
             return Err(Refusal::Policy(Box::new(verdict)));
         }
         let good_until_ms = verdict.good_until_ms.min(session.caller.good_until_ms());
-        session.good_until_ms.store(good_until_ms, Ordering::Relaxed);
+        if session.good_until_ms.swap(good_until_ms, Ordering::Relaxed) != good_until_ms {
+            session.good_until_moved.notify_one();
+        }
         Ok(verdict)
     }
 
     /// Judges again; a session that is refused is cut. True when it was.
     pub(super) fn judge_again(&self, session: &Session, state: &State, because_of_time: bool) -> bool {
-        let revoked = session.connector().is_some_and(|id| state.by_id::<Connector>(id).is_none_or(|row| row.revoked));
         let code = match self.judge(session, state) {
-            Ok(verdict) => match (session.segment(), verdict.segment) {
-                _ if revoked => SessionCode::Revoked,
-                // Another segment may mean other connectors: what carries the session now is not what policy says.
-                (Some(before), now) if now != Some(before) => SessionCode::PolicyChanged,
-                _ => return false,
+            Ok(verdict) => match carrier(session, &verdict, state) {
+                Ok(()) => return false,
+                Err(code) => code,
             },
             Err(_) if because_of_time => SessionCode::Expired,
             Err(Refusal::Caller(SessionCode::Reauthenticate)) => SessionCode::Expired,
@@ -58,4 +57,24 @@ impl Edge {
         session.cut_for(code);
         true
     }
+}
+
+/// Whether what carries a session is still what its verdict asks for.
+fn carrier(session: &Session, verdict: &Verdict, state: &State) -> Result<(), SessionCode> {
+    if let Some(connector) = session.connector() {
+        let connector: Option<Connector> = state.by_id(connector);
+        let connector = connector.filter(|row| !row.revoked).ok_or(SessionCode::Revoked)?;
+        let groups = verdict.segment.and_then(|id| state.by_id::<Segment>(id)).map(|row| row.connector_groups);
+        if !serves(connector.group, groups.as_deref().unwrap_or_default()) {
+            return Err(SessionCode::PolicyChanged);
+        }
+    }
+    match session.segment() {
+        Some(before) if verdict.segment != Some(before) => Err(SessionCode::PolicyChanged),
+        _ => Ok(()),
+    }
+}
+
+fn serves(group: Option<Id>, groups: &[Id]) -> bool {
+    group.is_some_and(|group| groups.contains(&group))
 }

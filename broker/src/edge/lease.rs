@@ -24,6 +24,7 @@ pub(super) async fn watch(edge: Arc<Edge>, stop: CancellationToken) {
         if edge.ground.lease_open() {
             if let Some(since) = closed_since.take() {
                 tracing::info!(held_ms = since.elapsed().as_millis() as u64, "the freshness lease is back; sessions go on");
+                judge_all(&edge).await;
             }
             continue;
         }
@@ -43,5 +44,20 @@ pub(super) async fn watch(edge: Arc<Edge>, stop: CancellationToken) {
                 session.cut_for(SessionCode::LeaseOver);
             }
         }
+    }
+}
+
+/// Changes were enforced before the lease came back; what time alone ended meanwhile is found here.
+async fn judge_all(edge: &Arc<Edge>) {
+    let judging = edge.clone();
+    let judged = tokio::task::spawn_blocking(move || {
+        let state = judging.ground.state();
+        for session in judging.sessions.all() {
+            judging.judge_again(&session, &state, true);
+        }
+    });
+    if judged.await.is_err() {
+        tracing::error!("judging the held sessions again panicked; they are cut");
+        edge.sessions.all().iter().for_each(|session| session.cut_for(SessionCode::Internal));
     }
 }

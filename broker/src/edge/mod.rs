@@ -36,6 +36,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use selvedge_proto::frame::SessionCode;
 use selvedge_proto::identity::Anchors;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -57,6 +58,9 @@ pub use listener::{HANDSHAKES_MAX, PENDING_MAX, PENDING_PER_PREFIX_MAX, SHOW_TIM
 pub use opens::REFUSAL_FLOOR;
 pub use sessions::{SESSIONS_MAX, SESSIONS_PER_PRINCIPAL_MAX, SessionInfo};
 pub use tickets::{PARKED_HOPS_MAX, TICKETS_PER_STREAM_MAX};
+
+/// How long sessions that are cut at the end of a drain have to record it.
+const CUT_AT_STOP: Duration = Duration::from_secs(2);
 
 /// What an edge is made of.
 pub struct Parts {
@@ -172,8 +176,8 @@ impl Edge {
         self.brokers.borrow().clone()
     }
 
-    /// Takes no new sessions, tells all ends to go elsewhere, and waits until the sessions have ended or `wait` is over.
-    /// Answers how many are left.
+    /// Takes no new sessions, tells all ends to go elsewhere, waits until the sessions have ended or `wait` is over, and
+    /// cuts those that are left, so that the end of each is recorded. Answers how many were cut.
     pub async fn drain(&self, wait: Duration) -> usize {
         self.draining.store(true, Ordering::Release);
         for end in self.ends.all() {
@@ -181,13 +185,18 @@ impl Edge {
                 reason: "draining".into(),
             }));
         }
-        let ended = async {
+        let ended = async || {
             for session in self.sessions.all() {
                 session.over.cancelled().await;
             }
         };
-        let _ = tokio::time::timeout(wait, ended).await;
-        self.sessions.len()
+        let _ = tokio::time::timeout(wait, ended()).await;
+        let left = self.sessions.all();
+        left.iter().for_each(|session| session.cut_for(SessionCode::BrokerDraining));
+        if tokio::time::timeout(CUT_AT_STOP, ended()).await.is_err() {
+            tracing::warn!(sessions = self.sessions.len(), "some sessions did not end when they were cut");
+        }
+        left.len()
     }
 
     fn is_draining(&self) -> bool {

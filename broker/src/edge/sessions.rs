@@ -14,6 +14,7 @@ use selvedge_domain::policy::Principal;
 use selvedge_domain::segment::{Endpoint, transport_name};
 use selvedge_proto::frame::SessionCode;
 use serde::Serialize;
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::metrics;
@@ -41,6 +42,8 @@ pub(super) struct Session {
     pub(super) over: CancellationToken,
     /// The verdict is good until then, cluster time in milliseconds.
     pub(super) good_until_ms: AtomicU64,
+    /// `good_until_ms` has moved: whoever sleeps until it looks again.
+    pub(super) good_until_moved: Notify,
     /// Its first byte may have been forwarded.
     pub(super) carried: AtomicBool,
     route: Mutex<Route>,
@@ -75,6 +78,7 @@ impl Session {
             cut: CancellationToken::new(),
             over: CancellationToken::new(),
             good_until_ms: AtomicU64::new(u64::MAX),
+            good_until_moved: Notify::new(),
             carried: AtomicBool::new(false),
             route: Mutex::default(),
             code: OnceLock::new(),

@@ -657,6 +657,47 @@ async fn a_policy_change_cuts_what_it_forbids_and_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_session_ends_when_its_segment_goes_to_other_connectors() {
+    let world = world().await;
+    let _dialed = with_connector(&world, 0).await;
+    let mut client = world.attach(&world.client, 1).await;
+    let mut hop = open_echo(&world, &mut client).await;
+    let segment = spec::Segment {
+        name: "crm".into(),
+        hosts: vec!["crm.internal".into()],
+        networks: Vec::new(),
+        tcp: vec!["80".into()],
+        udp: Vec::new(),
+        inclusive: false,
+        connector_groups: vec!["elsewhere".into()],
+        groups: Vec::new(),
+        idle_timeout_s: 0,
+        absolute_timeout_s: 0,
+    };
+    let group = spec::ConnectorGroup { name: "elsewhere".into(), region: "here".into() };
+    let puts = [spec::Object::ConnectorGroup(group), spec::Object::Segment(segment)];
+    let puts = puts.into_iter().map(|object| ApplyPut { object, compiled: None }).collect();
+    let change = Body::Apply(Apply { puts, deletes: Vec::new(), expect_revision: None });
+    let changes = world.ground.apply(world.owner.clone(), change).1;
+    let (edge, state) = (world.edge.clone(), world.ground.state());
+    tokio::task::spawn_blocking(move || edge.enforce(&state, &changes.events)).await.unwrap();
+    assert_eq!(world.edge.session_count(), 0);
+    assert!(drain(&mut hop).await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_that_outlives_a_drain_is_cut_and_its_end_recorded() {
+    let world = world().await;
+    let _dialed = with_connector(&world, 0).await;
+    let mut client = world.attach(&world.client, 1).await;
+    let mut hop = open_echo(&world, &mut client).await;
+    assert_eq!(world.edge.drain(Duration::ZERO).await, 1);
+    assert!(drain(&mut hop).await.is_empty());
+    let is_end = |record: &Record| matches!(record, Record::SessionClose(c) if c.why == SessionCode::BrokerDraining.as_str());
+    wait_for(|| world.records().iter().any(is_end)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_revoked_device_loses_its_control_stream_and_tickets() {
     let world = world().await;
     let mut client = world.attach(&world.client, 1).await;
