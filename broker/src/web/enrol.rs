@@ -42,6 +42,9 @@ use crate::issuer::{Csr, Issued, Issuer};
 /// A login by a one-time code is good for so long.
 pub const GRANT_LIFE_MS: u64 = 7 * 24 * 3_600_000;
 
+/// A repeated enrolment of a device is answered with its login for so long; later it takes a new code.
+pub const GRANT_REPEAT_MS: u64 = 600_000;
+
 const ACTOR: Actor = Actor { kind: ActorKind::Enrolment, id: None, generation: 0 };
 
 pub(super) fn routes() -> Vec<Route> {
@@ -284,14 +287,19 @@ fn grant_of(state: &Applied, issuer: &Issuer, device: Id, issued: &Issued, now_m
     let (Some(device), Some(user)) = (device, user) else {
         return Err(Problem::forbidden("the person or the device was disabled meanwhile"));
     };
+    // The one login of the code, however often it is asked for: who was disabled meanwhile does not come back by it.
+    let login_ms = device.enrolled_ms.min(now_ms);
+    if now_ms - login_ms > GRANT_REPEAT_MS {
+        return Err(Problem::forbidden("this code was used to log in before: ask for another one"));
+    }
     let login = LoginGrant {
         version: GRANT_VERSION,
         user: user.id().to_string(),
         user_generation: user.generation,
         device: device.id().to_string(),
         device_key_sha256: issued.spki_sha256.to_vec(),
-        login_ms: now_ms,
-        expires_ms: now_ms + GRANT_LIFE_MS,
+        login_ms,
+        expires_ms: login_ms + GRANT_LIFE_MS,
         method: "code".to_owned(),
         directory: user.directory.unwrap_or_default().to_string(),
         asserted_groups: Vec::new(),
