@@ -241,21 +241,53 @@ impl Source {
     async fn next(&mut self) -> Result<Vec<Stored>, Error> {
         loop {
             let Some((stream, from)) = self.streams.front().copied() else { return Err(Error::Closed) };
-            let reader = match &mut self.reader {
-                Some(reader) => reader,
-                None => self.reader.insert(self.journal.reader(stream, from)?),
-            };
-            let batch = reader.next_batch(BATCH_RECORDS, BATCH_BYTES)?;
-            if !batch.is_empty() {
-                return Ok(batch);
+            let is_own = stream == self.journal.stream();
+            match self.read(stream, from) {
+                Ok(batch) if !batch.is_empty() => return Ok(batch),
+                Ok(_) if is_own => {}
+                Ok(_) => self.pass(),
+                Err(error @ selvedge_storage::Error::AuditBroken(_)) if !is_own => {
+                    // What is behind the break cannot be read; the streams after it must not wait for it for ever.
+                    tracing::error!(%stream, %error, "an earlier audit stream is delivered only up to its break");
+                    self.pass();
+                }
+                Err(error) => return Err(error.into()),
             }
-            if stream != self.journal.stream() {
-                self.streams.pop_front();
-                self.reader = None;
-            } else if !reader.wait().await {
+            if is_own
+                && let Some(reader) = &mut self.reader
+                && !reader.wait().await
+            {
                 return Err(Error::Closed);
             }
         }
+    }
+
+    /// Goes on with the next stream.
+    fn pass(&mut self) {
+        self.streams.pop_front();
+        self.reader = None;
+    }
+
+    /// What there is, up to the limits and up to the first record that cannot be read.
+    fn read(&mut self, stream: StreamId, from: u64) -> Result<Vec<Stored>, selvedge_storage::Error> {
+        let reader = match &mut self.reader {
+            Some(reader) => reader,
+            None => self.reader.insert(self.journal.reader(stream, from)?),
+        };
+        let (mut batch, mut size_bytes) = (Vec::new(), 0);
+        while batch.len() < BATCH_RECORDS && size_bytes < BATCH_BYTES {
+            match reader.read_next() {
+                Ok(Some(record)) => {
+                    size_bytes += record.bytes().len();
+                    batch.push(record);
+                }
+                Ok(None) => break,
+                // Met again, and told, once these are delivered.
+                Err(_) if !batch.is_empty() => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(batch)
     }
 
     fn backlog(&self) -> u64 {
