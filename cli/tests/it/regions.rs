@@ -14,6 +14,8 @@ use crate::world::{DEADLINE, World, wait};
 
 /// One way of a link that is long enough to be avoided.
 const FAR: Duration = Duration::from_millis(30);
+/// Events that wait to be looked at.
+const FOLLOWED_MAX: usize = 1_024;
 
 #[test]
 fn a_session_goes_through_a_broker_that_the_connector_is_not_attached_to_and_round_a_dead_connector() {
@@ -170,7 +172,7 @@ impl Drop for Ended {
 }
 
 fn lines(child: &mut Ended) -> mpsc::Receiver<String> {
-    let (sender, receiver) = mpsc::channel();
+    let (sender, receiver) = mpsc::sync_channel(FOLLOWED_MAX);
     let stdout = child.0.stdout.take().expect("piped");
     std::thread::spawn(move || {
         BufReader::new(stdout).lines().map_while(Result::ok).try_for_each(|line| sender.send(line))
