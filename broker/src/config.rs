@@ -169,7 +169,8 @@ impl Config {
         if self.web.certificate.is_some() != self.web.key.is_some() {
             return wrong("web", "`certificate` and `key` belong together");
         }
-        let advertised = [("edge", self.edge.advertised()), ("web", self.web.advertised()), ("peer", self.peer.advertised())];
+        let advertised =
+            [("edge", self.edge.advertised()), ("web", self.web.advertised()), ("peer", self.peer.advertised())];
         for (field, address) in advertised {
             let port = address.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok());
             if port.is_none_or(|port| port == 0) {

@@ -84,8 +84,7 @@ mod tests {
     fn an_empty_state_denies_everything() {
         let decider = Decider::new();
         let endpoint = Endpoint { host: Host::parse("crm.internal").unwrap(), port: 80, transport: Transport::Tcp };
-        let verdict =
-            decider.decide(&State::default(), Principal::User(Id::new(1, 1)), &endpoint, &Context::default());
+        let verdict = decider.decide(&State::default(), Principal::User(Id::new(1, 1)), &endpoint, &Context::default());
         assert!(!verdict.allowed);
     }
 }

@@ -202,7 +202,15 @@ impl Client {
         }
     }
 
-    async fn change_at(&self, endpoint: &Url, method: &Method, path: &str, body: &Value, wait: Wait, key: &str) -> Attempt {
+    async fn change_at(
+        &self,
+        endpoint: &Url,
+        method: &Method,
+        path: &str,
+        body: &Value,
+        wait: Wait,
+        key: &str,
+    ) -> Attempt {
         let mut url = endpoint.clone();
         url.set_path(path);
         let mut request = self.request(method.clone(), url).header("idempotency-key", key).timeout(CHANGE_TIMEOUT);

@@ -16,15 +16,8 @@ use serde_yaml_ng::{Mapping, Value};
 pub const BYTES_MAX: u64 = 8 << 20;
 
 /// Every kind, as `kind:` has it.
-pub const KINDS: [Kind; 7] = [
-    Kind::Region,
-    Kind::Zone,
-    Kind::ConnectorGroup,
-    Kind::SegmentGroup,
-    Kind::Segment,
-    Kind::Policy,
-    Kind::Receiver,
-];
+pub const KINDS: [Kind; 7] =
+    [Kind::Region, Kind::Zone, Kind::ConnectorGroup, Kind::SegmentGroup, Kind::Segment, Kind::Policy, Kind::Receiver];
 
 /// Why files are not taken.
 #[derive(Debug, thiserror::Error)]
@@ -129,10 +122,7 @@ fn texts(path: &Path, left: &mut u64) -> Result<Vec<(String, String)>, Error> {
 
 fn text(path: &Path, input: impl std::io::Read, left: &mut u64) -> Result<String, Error> {
     let mut text = String::new();
-    input
-        .take(*left + 1)
-        .read_to_string(&mut text)
-        .map_err(|source| Error::Read { path: path.to_owned(), source })?;
+    input.take(*left + 1).read_to_string(&mut text).map_err(|source| Error::Read { path: path.to_owned(), source })?;
     *left = left.checked_sub(text.len() as u64).ok_or_else(|| Error::TooLarge(path.display().to_string()))?;
     Ok(text)
 }
@@ -254,7 +244,8 @@ pub fn yaml(object: &Object) -> anyhow::Result<String> {
     let mut document = Mapping::new();
     document.insert("kind".into(), format!("{:?}", object.key().kind).into());
     if let Value::Mapping(fields) = fields {
-        document.extend(fields.into_iter().filter(|(name, value)| !is_default(name.as_str().unwrap_or_default(), value)));
+        document
+            .extend(fields.into_iter().filter(|(name, value)| !is_default(name.as_str().unwrap_or_default(), value)));
     }
     Ok(serde_yaml_ng::to_string(&document)?)
 }
@@ -318,7 +309,8 @@ mod tests {
     fn what_is_written_reads_back_the_same() {
         let objects: Vec<Object> = parse("f", FILE).unwrap().into_iter().map(|(_, object)| object).collect();
         let text: Vec<String> = objects.iter().map(|object| yaml(object).unwrap()).collect();
-        let back: Vec<Object> = parse("f", &text.join("---\n")).unwrap().into_iter().map(|(_, object)| object).collect();
+        let back: Vec<Object> =
+            parse("f", &text.join("---\n")).unwrap().into_iter().map(|(_, object)| object).collect();
         assert_eq!(objects, back);
         assert!(!text[1].contains("networks") && !text[1].contains("idle"), "{}", text[1]);
         let Object::Segment(Segment { connector_groups, .. }) = &back[1] else { panic!("{:?}", back[1]) };
@@ -327,7 +319,10 @@ mod tests {
 
     #[test]
     fn errors_name_file_and_line() {
-        assert_eq!(fails("kind: Zone\nname: a\n---\n\nkind: Zone\nnome: b\n"), "f.yaml:6: unknown field `nome`, expected `name`");
+        assert_eq!(
+            fails("kind: Zone\nname: a\n---\n\nkind: Zone\nnome: b\n"),
+            "f.yaml:6: unknown field `nome`, expected `name`"
+        );
         assert!(fails("\nkind: Nonsense\nname: x\n").starts_with("f.yaml:2: `Nonsense` is no kind"));
         assert!(fails("# nothing\nname: x\n").starts_with("f.yaml:2: `kind` is missing"));
         assert!(fails("kind: Zone\n").contains("missing field `name`"));
@@ -358,7 +353,9 @@ mod tests {
 
     #[test]
     fn kinds_are_found_by_the_ways_in_which_people_write_them() {
-        for (text, wanted) in [("policies", Kind::Policy), ("Segment", Kind::Segment), ("connector-groups", Kind::ConnectorGroup)] {
+        for (text, wanted) in
+            [("policies", Kind::Policy), ("Segment", Kind::Segment), ("connector-groups", Kind::ConnectorGroup)]
+        {
             assert_eq!(kind(text), Ok(wanted));
         }
         assert!(kind("users").is_err());

@@ -41,8 +41,7 @@ impl Command {
             return Err(DecodeError::Version(version));
         }
         let config = bincode::config::standard().with_limit::<{ 16 << 20 }>();
-        let (command, read) =
-            bincode::serde::decode_from_slice(body, config).map_err(|_| DecodeError::Malformed)?;
+        let (command, read) = bincode::serde::decode_from_slice(body, config).map_err(|_| DecodeError::Malformed)?;
         if read == body.len() { Ok(command) } else { Err(DecodeError::Malformed) }
     }
 }

@@ -25,7 +25,10 @@ pub struct Envelope {
     #[prost(bool, tag = "6")]
     pub last: bool,
     /// What happened.
-    #[prost(oneof = "Event", tags = "16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40")]
+    #[prost(
+        oneof = "Event",
+        tags = "16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40"
+    )]
     pub event: Option<Event>,
 }
 

@@ -10,7 +10,9 @@ use crate::limits::NAME_CHARS_MAX;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// An object's name is empty, too long or has characters that names do not have.
-    #[error("`{0}` is not a name: letters, digits, `.`, `_`, `-`, `@` and spaces inside, at most {NAME_CHARS_MAX} characters")]
+    #[error(
+        "`{0}` is not a name: letters, digits, `.`, `_`, `-`, `@` and spaces inside, at most {NAME_CHARS_MAX} characters"
+    )]
     Object(String),
     /// Not a host name or address.
     #[error("`{0}` is not a host name")]
@@ -145,7 +147,9 @@ mod tests {
 
     #[test]
     fn odd_hosts_are_refused() {
-        for text in ["", ".", "a..b", "*.x", "-a.b", "a b", "a/b", "1.2.3", "0x7f.1", "127.1", "a\0b", &"a.".repeat(200)] {
+        for text in
+            ["", ".", "a..b", "*.x", "-a.b", "a b", "a/b", "1.2.3", "0x7f.1", "127.1", "a\0b", &"a.".repeat(200)]
+        {
             assert!(Host::parse(text).is_err(), "{text:?}");
         }
     }

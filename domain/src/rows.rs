@@ -162,7 +162,6 @@ impl Row for Broker {
     fn key(&self) -> Vec<u8> {
         self.node.to_be_bytes().to_vec()
     }
-
 }
 
 /// A domain that the organisation declares private.

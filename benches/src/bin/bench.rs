@@ -3,11 +3,11 @@
 //! Both carry the same bytes from the same source to the same sink on this machine, in turn, five times each. HAProxy
 //! runs in `mode tcp` without splice, as its packages configure it, with as many threads as there are cores.
 
+#[path = "../source.rs"]
+mod source;
 #[path = "../../../cli/tests/it/world.rs"]
 #[allow(dead_code, reason = "the tests use the rest")]
 mod world;
-#[path = "../source.rs"]
-mod source;
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -36,8 +36,12 @@ fn main() -> anyhow::Result<()> {
     let mut world = World::start(&bin, 1);
     let token = world.directory("bench");
     world.user(&token, "bench@test.example");
-    world.apply_segments(&[("bulk", "bulk.internal", source.address.port()), ("echo", "echo.internal", echo.address.port())]);
-    let policy = "kind: Policy\nname: everybody\ncedar: |\n  permit(principal, action == Action::\"connect\", resource);\n";
+    world.apply_segments(&[
+        ("bulk", "bulk.internal", source.address.port()),
+        ("echo", "echo.internal", echo.address.port()),
+    ]);
+    let policy =
+        "kind: Policy\nname: everybody\ncedar: |\n  permit(principal, action == Action::\"connect\", resource);\n";
     ensure!(world.apply(policy).status.success(), "the policy was not accepted");
     world.connector("connector", &["bulk.internal", "echo.internal"]);
     let state = world.client("client", "bench@test.example");
@@ -53,7 +57,9 @@ fn main() -> anyhow::Result<()> {
     for pair in 1..=PAIRS {
         let (own, own_s) = measured(broker, bulk)?;
         let (other, other_s) = measured(rival.process.id(), rival.address)?;
-        println!("pair {pair}: broker {own:.4} CPU s/GiB ({own_s:.1} s), haproxy {other:.4} CPU s/GiB ({other_s:.1} s)");
+        println!(
+            "pair {pair}: broker {own:.4} CPU s/GiB ({own_s:.1} s), haproxy {other:.4} CPU s/GiB ({other_s:.1} s)"
+        );
         ours.push(own);
         theirs.push(other);
     }
@@ -68,13 +74,19 @@ fn main() -> anyhow::Result<()> {
         samples.push(first_byte(first)?.as_secs_f64() * 1_000.0);
     }
     let first_byte_ms = median(&mut samples);
-    println!("first answered byte: median {first_byte_ms:.2} ms, p99 {:.2} ms of {FIRST_BYTES}", samples[FIRST_BYTES * 99 / 100]);
+    println!(
+        "first answered byte: median {first_byte_ms:.2} ms, p99 {:.2} ms of {FIRST_BYTES}",
+        samples[FIRST_BYTES * 99 / 100]
+    );
     println!("RESULT bench cpu_ratio_haproxy={ratio:.3} first_byte_ms={first_byte_ms:.2}");
     Ok(())
 }
 
 fn listen(world: &mut World, name: &str, state: &Path, target: &str, address: SocketAddr) {
-    world.spawn(&format!("{name}-listener"), &["client", "connect", target, "--listen", &address.to_string(), "--state", text(state)]);
+    world.spawn(
+        &format!("{name}-listener"),
+        &["client", "connect", target, "--listen", &address.to_string(), "--state", text(state)],
+    );
     wait("the client's listener", || TcpStream::connect(address).is_ok());
 }
 
@@ -129,10 +141,19 @@ fn median(samples: &mut [f64]) -> f64 {
 
 fn print_machine(haproxy: &str) {
     let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = cpu.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or("unknown").trim_start_matches(['\t', ' ', ':']).to_owned();
+    let model = cpu
+        .lines()
+        .find_map(|line| line.strip_prefix("model name"))
+        .unwrap_or("unknown")
+        .trim_start_matches(['\t', ' ', ':'])
+        .to_owned();
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    println!("machine: {model}, {cores} cores, Linux {}; selvedge {}; {haproxy}", kernel.trim(), env!("CARGO_PKG_VERSION"));
+    println!(
+        "machine: {model}, {cores} cores, Linux {}; selvedge {}; {haproxy}",
+        kernel.trim(),
+        env!("CARGO_PKG_VERSION")
+    );
 }
 
 /// HAProxy in `mode tcp`, unpacked and run on a free port.
@@ -145,7 +166,8 @@ struct Haproxy {
 
 impl Haproxy {
     fn start(to: SocketAddr) -> anyhow::Result<Self> {
-        let tool = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/tool")).arg("haproxy").output()?;
+        let tool =
+            Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/tool")).arg("haproxy").output()?;
         ensure!(tool.status.success(), "haproxy cannot be had: {}", String::from_utf8_lossy(&tool.stderr));
         let bin = PathBuf::from(String::from_utf8(tool.stdout)?.trim().lines().last().context("no path")?);
         let version = Command::new(&bin).arg("-v").output()?.stdout;
@@ -161,7 +183,8 @@ impl Haproxy {
                  frontend in\n  bind {address}\n  default_backend out\nbackend out\n  server s {to}\n"
             ),
         )?;
-        let process = Command::new(&bin).args(["-db", "-f"]).arg(&config).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+        let process =
+            Command::new(&bin).args(["-db", "-f"]).arg(&config).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
         Ok(Self { process, address, version, _dir: dir })
     }
 }

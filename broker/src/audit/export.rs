@@ -127,14 +127,17 @@ impl Exporter {
     }
 
     async fn connection(&self, receiver: &Receiver) -> Result<(), Error> {
-        let socket = tokio::time::timeout(IO_TIMEOUT, TcpStream::connect(&receiver.address)).await.map_err(|_| Error::Timeout)??;
+        let socket = tokio::time::timeout(IO_TIMEOUT, TcpStream::connect(&receiver.address))
+            .await
+            .map_err(|_| Error::Timeout)??;
         socket.set_nodelay(true)?;
         let fd = socket.as_raw_fd();
         if receiver.tls_ca.is_empty() {
             let (read, write) = socket.into_split();
             self.pump(receiver, fd, read, write).await
         } else {
-            let stream = tokio::time::timeout(IO_TIMEOUT, tls(receiver, socket)).await.map_err(|_| Error::Timeout)??;
+            let stream =
+                tokio::time::timeout(IO_TIMEOUT, tls(receiver, socket)).await.map_err(|_| Error::Timeout)??;
             let (read, write) = tokio::io::split(stream);
             self.pump(receiver, fd, read, write).await
         }

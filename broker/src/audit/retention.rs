@@ -42,9 +42,9 @@ fn sweep(cluster: &Cluster, log: &Log) -> Result<u64, selvedge_storage::Error> {
     let state = cluster.state();
     let receivers = state.rows::<Receiver>().count();
     let mut delivered: BTreeMap<StreamId, Vec<u64>> = BTreeMap::new();
-    for cursor in state.rows::<Cursor>().filter(|cursor| {
-        cursor.receiver.is_some_and(|id| state.by_id::<Receiver>(id).is_some())
-    }) {
+    for cursor in
+        state.rows::<Cursor>().filter(|cursor| cursor.receiver.is_some_and(|id| state.by_id::<Receiver>(id).is_some()))
+    {
         let stream = StreamId { broker: cursor.broker, boot: cursor.boot };
         delivered.entry(stream).or_default().push(cursor.next_seq);
     }

@@ -200,9 +200,8 @@ impl Opening<'_> {
         let run = edge.relay.run(flow);
         tokio::pin!(run);
         loop {
-            let quiet = Duration::from_millis(
-                boottime_ms().saturating_sub(session.counters.active_at_ms().max(carried_ms)),
-            );
+            let quiet =
+                Duration::from_millis(boottime_ms().saturating_sub(session.counters.active_at_ms().max(carried_ms)));
             let verdict_left_ms = session.good_until_ms.load(Ordering::Relaxed).saturating_sub(edge.ground.now_ms());
             let age = session.started.elapsed();
             let look = next_look(age, quiet, self.segment.idle_ms, self.segment.absolute_ms, verdict_left_ms);

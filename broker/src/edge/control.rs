@@ -333,7 +333,8 @@ async fn renew(edge: &Edge, end: &End, csr: &[u8]) -> Result<(Vec<Vec<u8>>, Vec<
         // The same login, bound to the new key: nothing else of it changes.
         Some(grant) => {
             let bound = wire::LoginGrant { device_key_sha256: issued.spki_sha256.to_vec(), ..grant };
-            selvedge_proto::grant::sign(&bound, |bytes| issuer.sign_grant(bytes)).map_err(|_| "the grant was not signed")?
+            selvedge_proto::grant::sign(&bound, |bytes| issuer.sign_grant(bytes))
+                .map_err(|_| "the grant was not signed")?
         }
         None => Vec::new(),
     };

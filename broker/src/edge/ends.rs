@@ -163,7 +163,8 @@ impl Ends {
         if attached.len() >= CONTROL_STREAMS_MAX {
             return Err(Refused::Full);
         }
-        if attached.get(&end.slot()).is_some_and(|before| before.number >= end.number && !before.closed.is_cancelled()) {
+        if attached.get(&end.slot()).is_some_and(|before| before.number >= end.number && !before.closed.is_cancelled())
+        {
             return Err(Refused::Older);
         }
         let replaced = attached.insert(end.slot(), end.clone());
@@ -233,7 +234,12 @@ impl Bucket {
 pub(super) mod tests {
     use super::*;
 
-    pub(in crate::edge) fn end_of(kind: Kind, seq: u64, number: u64, key: StreamKey) -> (Arc<End>, mpsc::Receiver<Result<FromBroker, Status>>) {
+    pub(in crate::edge) fn end_of(
+        kind: Kind,
+        seq: u64,
+        number: u64,
+        key: StreamKey,
+    ) -> (Arc<End>, mpsc::Receiver<Result<FromBroker, Status>>) {
         let subject = Id::new(1, seq);
         let peer = Peer {
             id: selvedge_proto::identity::SpiffeId::new("demo.test", kind, &subject.to_string()).unwrap(),

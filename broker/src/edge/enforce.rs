@@ -13,8 +13,8 @@ use selvedge_proto::frame::SessionCode;
 use selvedge_proto::identity::{Kind, SpiffeId};
 use selvedge_proto::relay::relay_server::RelayServer;
 
-use super::relay_service::RelayService;
 use super::ends::End;
+use super::relay_service::RelayService;
 use super::sessions::{Session, Touched};
 use super::standing::Unfit;
 use super::{Edge, dial, metrics, standing};
@@ -158,8 +158,10 @@ impl<'a> Found<'a> {
             Event::UserPut(user) => self.user(user.id()),
             Event::MembersChanged(changed) => {
                 let numbers = changed.added.iter().chain(&changed.removed);
-                let users: Vec<Id> =
-                    numbers.filter_map(|n| self.state.find::<User>(IndexKey::Number(*n))).map(|user| user.id()).collect();
+                let users: Vec<Id> = numbers
+                    .filter_map(|n| self.state.find::<User>(IndexKey::Number(*n)))
+                    .map(|user| user.id())
+                    .collect();
                 users.into_iter().for_each(|id| self.user(id));
             }
             Event::DevicePut(device) => self.presenter(Kind::Client, device.id()),

@@ -2,9 +2,9 @@
 
 use std::sync::atomic::Ordering;
 
-use selvedge_domain::{Id, State};
 use selvedge_domain::policy::{Reason, Verdict};
 use selvedge_domain::rows::{Connector, Segment};
+use selvedge_domain::{Id, State};
 use selvedge_proto::frame::SessionCode;
 
 use super::Edge;

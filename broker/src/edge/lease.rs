@@ -23,7 +23,10 @@ pub(super) async fn watch(edge: Arc<Edge>, stop: CancellationToken) {
         }
         if edge.ground.lease_open() {
             if let Some(since) = closed_since.take() {
-                tracing::info!(held_ms = since.elapsed().as_millis() as u64, "the freshness lease is back; sessions go on");
+                tracing::info!(
+                    held_ms = since.elapsed().as_millis() as u64,
+                    "the freshness lease is back; sessions go on"
+                );
                 judge_all(&edge).await;
             }
             continue;

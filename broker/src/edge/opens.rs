@@ -145,9 +145,8 @@ async fn admit(
     let Some(segment) = segment else { return Err(denial.by_policy(&state, &verdict).await) };
     edge.sessions.set_segment(&session, segment.id());
     let presenter = caller.peer.id.to_string();
-    let choice = tracing::debug_span!("path").in_scope(|| {
-        edge.routing.candidates(&state, segment.id(), &session.endpoint, Some(&presenter), id as u64)
-    });
+    let choice = tracing::debug_span!("path")
+        .in_scope(|| edge.routing.candidates(&state, segment.id(), &session.endpoint, Some(&presenter), id as u64));
     let Some(chosen) = choice.chosen else { return Err(denial.unavailable(&state, &verdict).await) };
     edge.sessions.set_connector(&session, chosen.connector);
     tracing::debug!(

@@ -30,11 +30,7 @@ const LIST_PAUSE: Duration = Duration::from_millis(100);
 
 /// The brokers that serve ends, as a state has them.
 pub fn broker_list(state: &State, now_ms: u64) -> BrokerList {
-    BrokerList {
-        position: Some(control::position(state.position())),
-        time_ms: now_ms,
-        brokers: brokers(state),
-    }
+    BrokerList { position: Some(control::position(state.position())), time_ms: now_ms, brokers: brokers(state) }
 }
 
 fn brokers(state: &State) -> Vec<Broker> {
@@ -163,7 +159,8 @@ fn names(edge: &Edge, end: &End, state: &State) -> Vec<String> {
 /// Exact hosts and ports of the segments that a connector's group reaches.
 fn targets(state: &State, connector: Id) -> Vec<Target> {
     let group = state.by_id::<rows::Connector>(connector).and_then(|row| row.group);
-    let reached = state.rows::<Segment>().filter(|segment| group.is_some_and(|g| segment.connector_groups.contains(&g)));
+    let reached =
+        state.rows::<Segment>().filter(|segment| group.is_some_and(|g| segment.connector_groups.contains(&g)));
     let mut targets = Vec::new();
     for segment in reached {
         let exact = segment.hosts.iter().filter(|host| matches!(Pattern::parse(host), Ok(Pattern::Exact(_)))).cloned();

@@ -309,7 +309,13 @@ fn forget<K: Ord>(index: &mut BTreeMap<K, BTreeSet<u128>>, key: &K, id: u128) {
 /// When a session is looked at next: the earliest of its edges.
 ///
 /// **Units**: milliseconds; `idle_ms` and `absolute_ms` are 0 for never.
-pub(super) fn next_look(age: Duration, quiet: Duration, idle_ms: u64, absolute_ms: u64, verdict_left_ms: u64) -> Duration {
+pub(super) fn next_look(
+    age: Duration,
+    quiet: Duration,
+    idle_ms: u64,
+    absolute_ms: u64,
+    verdict_left_ms: u64,
+) -> Duration {
     let left = |limit_ms: u64, passed: Duration| match limit_ms {
         0 => Duration::MAX,
         limit_ms => Duration::from_millis(limit_ms).saturating_sub(passed),

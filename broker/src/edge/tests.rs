@@ -16,9 +16,7 @@ use selvedge_domain::{Actor, ActorKind, Body, Changes, Command, Id, Outcome, Sta
 use selvedge_proto::control::control_client::ControlClient;
 use selvedge_proto::control::from_broker::Message as FromB;
 use selvedge_proto::control::from_end::Message as FromE;
-use selvedge_proto::control::{
-    CutDone, DialAnswer, FromBroker, FromEnd, Hello, LoginGrant, Open, Pong, Resolve,
-};
+use selvedge_proto::control::{CutDone, DialAnswer, FromBroker, FromEnd, Hello, LoginGrant, Open, Pong, Resolve};
 use selvedge_proto::frame::SessionCode;
 use selvedge_proto::hello::{ALPN_CONTROL, ALPN_HOP, Ticket, ticket_hello};
 use selvedge_proto::identity::Kind;
@@ -224,7 +222,8 @@ async fn world() -> World {
     let anchors = Arc::new(issuer.anchors().clone());
     let config = tls::edge_server(&identity, &anchors, vec![tls::CONTROL_ALPN.to_vec()], &tls::system_time()).unwrap();
     let stream = selvedge_storage::audit::StreamId { broker: NODE, boot: 1 };
-    let journal = selvedge_storage::audit::Journal::open(&dir.path().join("audit"), stream, Default::default()).unwrap();
+    let journal =
+        selvedge_storage::audit::Journal::open(&dir.path().join("audit"), stream, Default::default()).unwrap();
     let edge = Edge::new(Parts {
         name: "b1".into(),
         region: "here".into(),
@@ -430,7 +429,6 @@ async fn drain(socket: &mut TcpStream) -> Vec<u8> {
     answer
 }
 
-
 /// Plays a connector: opens a hop for each dial, echoes what comes, and confirms cuts. Answers whether it has opened hops.
 fn play_connector(at: SocketAddr, mut end: Attached, answer: u32) -> watch::Receiver<usize> {
     let (dialed, count) = watch::channel(0);
@@ -452,7 +450,8 @@ fn play_connector(at: SocketAddr, mut end: Attached, answer: u32) -> watch::Rece
                             let _ = tokio::io::copy(&mut read, &mut write).await;
                         });
                     }
-                    end.send(FromE::DialAnswer(DialAnswer { session: dial.session, code: answer, app_rtt_us: 10 })).await;
+                    end.send(FromE::DialAnswer(DialAnswer { session: dial.session, code: answer, app_rtt_us: 10 }))
+                        .await;
                 }
                 _ => {}
             }
@@ -494,7 +493,10 @@ async fn a_stranger_gets_silence() {
         assert!(world.shows(&client_hello(alpn)).await.is_empty(), "neither knock nor ticket");
     }
     let wrong = knock::key_of(&[99; 32], world.ground.now_ms / knock::DAY_MS).knock();
-    assert!(world.shows(&client_hello(vec![ALPN_CONTROL.to_vec(), wrong])).await.is_empty(), "a knock under another key");
+    assert!(
+        world.shows(&client_hello(vec![ALPN_CONTROL.to_vec(), wrong])).await.is_empty(),
+        "a knock under another key"
+    );
     assert!(world.edge.sessions().is_empty());
 }
 
@@ -612,7 +614,8 @@ async fn names_exist_only_for_those_who_may_use_them() {
     assert_eq!(ask(&mut client, "crm.internal").await.address.len(), 16);
     assert_eq!(ask(&mut client, "hr.internal").await, without_connector);
     assert_eq!(ask(&mut client, "nowhere.internal").await, without_connector);
-    wait_for(|| world.records().iter().any(|r| matches!(r, Record::NameUnknown(u) if u.host == "nowhere.internal"))).await;
+    wait_for(|| world.records().iter().any(|r| matches!(r, Record::NameUnknown(u) if u.host == "nowhere.internal")))
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -693,7 +696,8 @@ async fn a_session_that_outlives_a_drain_is_cut_and_its_end_recorded() {
     let mut hop = open_echo(&world, &mut client).await;
     assert_eq!(world.edge.drain(Duration::ZERO).await, 1);
     assert!(drain(&mut hop).await.is_empty());
-    let is_end = |record: &Record| matches!(record, Record::SessionClose(c) if c.why == SessionCode::BrokerDraining.as_str());
+    let is_end =
+        |record: &Record| matches!(record, Record::SessionClose(c) if c.why == SessionCode::BrokerDraining.as_str());
     wait_for(|| world.records().iter().any(is_end)).await;
 }
 

@@ -43,7 +43,8 @@ pub(super) fn onward(accepted: &str) -> String {
 fn parts(traceparent: &str) -> Option<(TraceId, SpanId, TraceFlags)> {
     let mut fields = traceparent.split('-');
     let (version, trace, parent, flags) = (fields.next()?, fields.next()?, fields.next()?, fields.next()?);
-    let well_formed = traceparent.len() == 55 && version == "00" && traceparent.bytes().all(|b| !b.is_ascii_uppercase());
+    let well_formed =
+        traceparent.len() == 55 && version == "00" && traceparent.bytes().all(|b| !b.is_ascii_uppercase());
     let (trace, parent) = (TraceId::from_hex(trace).ok()?, SpanId::from_hex(parent).ok()?);
     let fine = well_formed && trace != TraceId::INVALID && parent != SpanId::INVALID;
     fine.then_some((trace, parent, TraceFlags::new(u8::from_str_radix(flags, 16).ok()?)))

@@ -74,13 +74,15 @@ impl Home {
         let text = std::fs::read_to_string(&path).map_err(|source| {
             if source.kind() == std::io::ErrorKind::NotFound { Error::NotMember } else { Error::file(&path, source) }
         })?;
-        let home: Self = serde_json::from_str(&text).map_err(|error| Error::Damaged(path.clone(), error.to_string()))?;
+        let home: Self =
+            serde_json::from_str(&text).map_err(|error| Error::Damaged(path.clone(), error.to_string()))?;
         if home.version == VERSION { Ok(home) } else { Err(Error::Damaged(path, format!("version {}", home.version))) }
     }
 
     pub fn store(&self, config: &Config) -> Result<(), Error> {
         let path = path(config);
-        let text = serde_json::to_string_pretty(self).map_err(|error| Error::Damaged(path.clone(), error.to_string()))?;
+        let text =
+            serde_json::to_string_pretty(self).map_err(|error| Error::Damaged(path.clone(), error.to_string()))?;
         let new = path.with_extension("new");
         write_synced(&new, text.as_bytes())?;
         std::fs::rename(&new, &path).map_err(|source| Error::file(&path, source))
@@ -236,8 +238,7 @@ fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     use std::io::Write as _;
     use std::os::unix::fs::OpenOptionsExt as _;
     let write = || {
-        let mut file =
-            std::fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(path)?;
+        let mut file = std::fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(path)?;
         file.write_all(bytes)?;
         file.sync_all()
     };

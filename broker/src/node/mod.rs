@@ -228,8 +228,11 @@ impl Broker {
             issuer: issuer.clone(),
             anchors: anchors.clone(),
         });
-        let web = web::Web::serve(context, listeners.web, certificates)
-            .map_err(|source| Error::Listen { listener: "web", address: config.web.bind.to_string(), source })?;
+        let web = web::Web::serve(context, listeners.web, certificates).map_err(|source| Error::Listen {
+            listener: "web",
+            address: config.web.bind.to_string(),
+            source,
+        })?;
         tasks.spawn(retention::run(cluster.clone(), log.clone(), stop.clone()));
         tasks.spawn(Exporter::new(cluster.clone(), log, config.name.clone()).run(stop.clone()));
         let (ops, ops_stop) = (Ops::new(cluster.clone(), metrics), stop.clone());
@@ -297,8 +300,11 @@ impl Listeners {
         };
         let tokio = |listener, address| {
             let socket = bind(listener, address)?;
-            tokio::net::TcpListener::from_std(socket)
-                .map_err(|source| Error::Listen { listener, address: address.to_string(), source })
+            tokio::net::TcpListener::from_std(socket).map_err(|source| Error::Listen {
+                listener,
+                address: address.to_string(),
+                source,
+            })
         };
         Ok(Self {
             edge: tokio("edge", config.edge.bind)?,
@@ -338,7 +344,8 @@ async fn initialise(
             return Ok(None);
         }
     }
-    let secret = format!("svt_{}", base64::Engine::encode(&base64::prelude::BASE64_URL_SAFE_NO_PAD, random_bytes::<32>()));
+    let secret =
+        format!("svt_{}", base64::Engine::encode(&base64::prelude::BASE64_URL_SAFE_NO_PAD, random_bytes::<32>()));
     cluster.initialize(first.command(anchors, &secret)).await?;
     propose_first(cluster, Actor::BOOTSTRAP, Body::PutBroker(description(cluster, config))).await?;
     let certificate = first.certificate.clone();
@@ -381,13 +388,19 @@ async fn register(cluster: &Cluster, config: &Valid, home: &Home) -> Result<(), 
         let own = status.members.iter().find(|member| member.node == cluster.node());
         let step = async {
             match own {
-                None if !seeds.is_empty() => cluster.join(&seeds, &config.peer.advertised()).await.map_err(|e| e.to_string()),
+                None if !seeds.is_empty() => {
+                    cluster.join(&seeds, &config.peer.advertised()).await.map_err(|e| e.to_string())
+                }
                 _ => Ok(()),
             }?;
             let body = Body::PutBroker(description(cluster, config));
             cluster.propose(Actor::BROKER, body, None).await.map_err(|error| error.to_string())?;
             let voter = own.is_some_and(|member| member.voter);
-            if voter || seeds.is_empty() { Ok(()) } else { cluster.promote(cluster.node()).await.map_err(|e| e.to_string()) }
+            if voter || seeds.is_empty() {
+                Ok(())
+            } else {
+                cluster.promote(cluster.node()).await.map_err(|e| e.to_string())
+            }
         };
         match step.await {
             Ok(()) => return Ok(()),

@@ -45,7 +45,8 @@ impl Routing {
                 && was_up
                 && was_down.len() == here.down.len()
                 && !newly_down;
-            let stayed = now.duration_since(here.since) >= UP_AFTER && now.duration_since(here.health_since) >= UP_AFTER;
+            let stayed =
+                now.duration_since(here.since) >= UP_AFTER && now.duration_since(here.health_since) >= UP_AFTER;
             if !same && (stayed || (was_up && newly_down)) {
                 let down = here.down.iter().cloned().collect();
                 changes.push(AvailabilityChange { connector, stream: here.stream, up: true, down });

@@ -303,7 +303,9 @@ impl Routing {
             answers |= !down;
         };
         let of_target = |rtts: &'_ [TargetRtt]| {
-            rtts.iter().position(|rtt| target.rsplit_once(':').is_some_and(|(host, port)| host == rtt.host && port == rtt.port.to_string()))
+            rtts.iter().position(|rtt| {
+                target.rsplit_once(':').is_some_and(|(host, port)| host == rtt.host && port == rtt.port.to_string())
+            })
         };
         if let Some(here) = soft.connectors.get(&id) {
             let heard_age_ms = here.heard.elapsed().as_millis() as u64;
@@ -355,7 +357,8 @@ mod tests {
     use super::*;
 
     fn told(node: u64, connector: Id) -> SoftState {
-        let connectors = vec![Attached { connector: connector.to_string(), stream: 1, rtt_us: 900, ..Default::default() }];
+        let connectors =
+            vec![Attached { connector: connector.to_string(), stream: 1, rtt_us: 900, ..Default::default() }];
         SoftState { node, fresh: true, connectors, ..Default::default() }
     }
 

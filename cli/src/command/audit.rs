@@ -181,7 +181,8 @@ async fn streams(client: &Client, as_json: bool) -> anyhow::Result<ExitCode> {
             }
         }
     }
-    let columns = [("stream", "/stream"), ("current", "/current"), ("durable", "/durable_seq"), ("endpoint", "/endpoint")];
+    let columns =
+        [("stream", "/stream"), ("current", "/current"), ("durable", "/durable_seq"), ("endpoint", "/endpoint")];
     output::list(&json!({ "streams": rows }), "streams", &columns, as_json)?;
     missed(failed)
 }

@@ -153,7 +153,11 @@ async fn act(command: Command) -> anyhow::Result<ExitCode> {
             let status = client.status().await;
             client.stop().await;
             let status = status?;
-            if json { output::json(&status)? } else { output::line(output::clean(status.to_string().trim_end()))? }
+            if json {
+                output::json(&status)?
+            } else {
+                output::line(output::clean(status.to_string().trim_end()))?
+            }
             Ok(ExitCode::SUCCESS)
         }
         Command::Why { target, seat } => {
@@ -203,7 +207,10 @@ pub async fn enrol(args: Enrol, workload: bool) -> anyhow::Result<ExitCode> {
     let secret = super::context::secret(&secret)?.to_string();
     let name = match args.name {
         Some(name) => name,
-        None => std::fs::read_to_string("/proc/sys/kernel/hostname").context("give this device a `--name`")?.trim().to_owned(),
+        None => std::fs::read_to_string("/proc/sys/kernel/hostname")
+            .context("give this device a `--name`")?
+            .trim()
+            .to_owned(),
     };
     let dir = state_dir(args.state)?;
     let options = enrol::Options { web: args.web, secret, kind, name, state_dir: dir.clone() };
@@ -220,7 +227,13 @@ pub fn say_enrolled(state: &State, dir: &Path, as_json: bool) -> anyhow::Result<
             "state": dir.display().to_string(),
         }));
     }
-    output::line(format_args!("enrolled {} `{}` as {}\nstate    {}", state.kind, state.name, state.spiffe, dir.display()))
+    output::line(format_args!(
+        "enrolled {} `{}` as {}\nstate    {}",
+        state.kind,
+        state.name,
+        state.spiffe,
+        dir.display()
+    ))
 }
 
 fn target(text: &str) -> Result<(String, u16), String> {

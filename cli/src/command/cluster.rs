@@ -177,7 +177,8 @@ fn make(init: Init) -> anyhow::Result<ExitCode> {
             if let Err(error) = context::write_private(path, made.root_key.reveal()) {
                 // The key exists nowhere else.
                 output::line(made.root_key.reveal())?;
-                return Err(error).with_context(|| format!("cannot write `{}`; the root's key was printed", path.display()));
+                return Err(error)
+                    .with_context(|| format!("cannot write `{}`; the root's key was printed", path.display()));
             }
             None
         }
@@ -195,7 +196,9 @@ fn make(init: Init) -> anyhow::Result<ExitCode> {
         (Some(key), _) => output::line(format_args!(
             "\nThe root's key, shown this once. Keep it away from these machines; it is needed only to make new issuers.\n\n{key}"
         ))?,
-        (None, Some(path)) => output::line(format_args!("root key {}: keep it away from these machines", path.display()))?,
+        (None, Some(path)) => {
+            output::line(format_args!("root key {}: keep it away from these machines", path.display()))?
+        }
         (None, None) => {}
     }
     output::line(format_args!("next     selvedge broker --config {}", init.config.display()))?;
@@ -221,7 +224,9 @@ async fn join(args: Join) -> anyhow::Result<ExitCode> {
     };
     node::join_complete(&config, &request, &reply, secret.text())?;
     if args.json {
-        output::json(&json!({ "node": request.node.to_string(), "cluster_id": hex::encode(reply.anchors.cluster_id()) }))?;
+        output::json(
+            &json!({ "node": request.node.to_string(), "cluster_id": hex::encode(reply.anchors.cluster_id()) }),
+        )?;
     } else {
         output::line(format_args!(
             "joined as node {}\nnext  selvedge broker --config {}",

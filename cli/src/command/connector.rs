@@ -81,8 +81,11 @@ pub async fn other(command: Command, global: &Global) -> anyhow::Result<ExitCode
                 let seen = connector["seen"].as_array();
                 let up = seen.into_iter().flatten().filter(|seen| seen["up"] == true);
                 let brokers: Vec<String> = up.clone().map(|seen| output::cell(seen.get("broker_name"))).collect();
-                let mut down: Vec<String> =
-                    up.flat_map(|seen| seen["down"].as_array()).flatten().map(|target| output::cell(Some(target))).collect();
+                let mut down: Vec<String> = up
+                    .flat_map(|seen| seen["down"].as_array())
+                    .flatten()
+                    .map(|target| output::cell(Some(target)))
+                    .collect();
                 down.sort();
                 down.dedup();
                 let (id, name, group) = (text("id"), text("name"), text("group"));

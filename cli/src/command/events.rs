@@ -55,7 +55,9 @@ async fn show(client: &Client, args: Args) -> anyhow::Result<()> {
             match lines.next().await {
                 Ok(Some(event)) => {
                     failures = 0;
-                    if let Some(id) = event["id"].as_str().or(event["bookmark"].as_str()).and_then(|id| id.parse::<Id>().ok()) {
+                    if let Some(id) =
+                        event["id"].as_str().or(event["bookmark"].as_str()).and_then(|id| id.parse::<Id>().ok())
+                    {
                         from = Some(Id::new(id.epoch, id.seq + 1).to_string());
                     }
                     say(&event, args.json)?;

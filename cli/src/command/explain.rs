@@ -132,7 +132,8 @@ fn say(why: &Explanation) -> anyhow::Result<()> {
     put("groups", &names(&why.groups));
     put("what", &format!("{}:{} ({})", why.host, why.port, why.transport));
     put("zone", why.zone.as_deref().unwrap_or("none: the name is not private"));
-    let matched = why.segments.iter().filter(|segment| segment.fate == Fate::Matched).map(|segment| segment.name.as_str());
+    let matched =
+        why.segments.iter().filter(|segment| segment.fate == Fate::Matched).map(|segment| segment.name.as_str());
     let unreached = || matched.collect::<Vec<_>>().join(", ");
     match why.segment.clone().unwrap_or_else(unreached) {
         none if none.is_empty() => put("segment", "none"),
@@ -147,7 +148,10 @@ fn say(why: &Explanation) -> anyhow::Result<()> {
         put("", &format!("{} by `{}`: {fate}", segment.name, segment.by));
     }
     let deciding: Vec<String> = why.deciding.iter().map(|policy| format!("{} ({})", policy.name, policy.id)).collect();
-    put("decided by", &if deciding.is_empty() { "no policy: what nothing permits is denied".to_owned() } else { deciding.join(", ") });
+    put(
+        "decided by",
+        &if deciding.is_empty() { "no policy: what nothing permits is denied".to_owned() } else { deciding.join(", ") },
+    );
     if !why.policies.is_empty() {
         put("policies", "");
     }
@@ -202,7 +206,10 @@ pub async fn path(args: Path, global: &Global) -> anyhow::Result<ExitCode> {
     if let Some(better) = answer["better_broker"].as_object() {
         let named = candidates.iter().find(|candidate| Some(&candidate["broker"]) == better.get("broker"));
         let name = output::cell(named.and_then(|candidate| candidate.get("broker_name")));
-        output::line(format_args!("the client will move to {name}, which saves {} ms\n", millis(better.get("saves_ms"))))?;
+        output::line(format_args!(
+            "the client will move to {name}, which saves {} ms\n",
+            millis(better.get("saves_ms"))
+        ))?;
     }
     let row = |candidate: &Value| {
         let cost = &candidate["cost"];

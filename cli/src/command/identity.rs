@@ -121,6 +121,10 @@ pub async fn sessions(Plain::List { json: as_json }: Plain, global: &Global) -> 
         };
         output::table(&headers, rows.iter().map(row))?;
     }
-    anyhow::ensure!(tried.is_empty(), "some brokers did not answer; their sessions are missing above\n{}", tried.join("\n"));
+    anyhow::ensure!(
+        tried.is_empty(),
+        "some brokers did not answer; their sessions are missing above\n{}",
+        tried.join("\n")
+    );
     Ok(ExitCode::SUCCESS)
 }

@@ -112,8 +112,13 @@ pub async fn directory(command: Directory, global: &Global) -> anyhow::Result<Ex
         }
         Directory::List { json } => {
             let answer: Value = client.read("/api/v1/directories", &[]).await?;
-            let columns =
-                [("id", "/id"), ("name", "/name"), ("users", "/users"), ("groups", "/groups"), ("generation", "/generation")];
+            let columns = [
+                ("id", "/id"),
+                ("name", "/name"),
+                ("users", "/users"),
+                ("groups", "/groups"),
+                ("generation", "/generation"),
+            ];
             output::list(&answer, "directories", &columns, json)?;
             Ok(ExitCode::SUCCESS)
         }
@@ -184,7 +189,9 @@ pub enum Key {
 
 pub async fn key(command: Key, global: &Global) -> anyhow::Result<ExitCode> {
     match command {
-        Key::Create { kind, target, name, uses, life, json } => create(kind, target, name, uses, life, json, global).await,
+        Key::Create { kind, target, name, uses, life, json } => {
+            create(kind, target, name, uses, life, json, global).await
+        }
         Key::List { json } => {
             let answer: Value = super::client(global)?.read("/api/v1/keys", &[]).await?;
             if json {
@@ -256,7 +263,11 @@ fn secret(answer: &Value, field: &str, as_json: bool) -> anyhow::Result<ExitCode
     if as_json {
         output::json(answer)?;
     } else {
-        output::line(format_args!("id     {}\n{field:<6} {}", output::cell(answer.get("id")), output::cell(answer.get(field))))?;
+        output::line(format_args!(
+            "id     {}\n{field:<6} {}",
+            output::cell(answer.get("id")),
+            output::cell(answer.get(field))
+        ))?;
         output::line("It is not shown again.")?;
     }
     Ok(ExitCode::SUCCESS)

@@ -73,12 +73,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
 }
 
 /// Sets up logs and traces; `otlp` is what a configuration file says, flags and environment go before it.
-fn logs(
-    global: &Global,
-    level: LevelFilter,
-    service: &'static str,
-    otlp: Option<String>,
-) -> anyhow::Result<Telemetry> {
+fn logs(global: &Global, level: LevelFilter, service: &'static str, otlp: Option<String>) -> anyhow::Result<Telemetry> {
     telemetry::start(&telemetry::Options {
         format: global.log_format,
         filter: global.log.clone(),

@@ -30,7 +30,13 @@ impl Home {
     }
 
     fn run_with(&self, args: &[&str], input: &str) -> Output {
-        let mut child = self.command(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary runs");
+        let mut child = self
+            .command(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the binary runs");
         child.stdin.take().expect("piped").write_all(input.as_bytes()).expect("it reads");
         child.wait_with_output().expect("it ends")
     }
@@ -53,7 +59,8 @@ fn nobody() -> String {
 /// The commands that a help text lists.
 fn listed(help: &str) -> Vec<String> {
     let commands = help.lines().skip_while(|line| *line != "Commands:").skip(1);
-    let named = commands.take_while(|line| !line.is_empty()).filter(|line| line.starts_with("  ") && !line.starts_with("   "));
+    let named =
+        commands.take_while(|line| !line.is_empty()).filter(|line| line.starts_with("  ") && !line.starts_with("   "));
     named.filter_map(|line| line.split_whitespace().next()).filter(|name| *name != "help").map(str::to_owned).collect()
 }
 
@@ -101,7 +108,9 @@ fn without_a_context_commands_say_how_to_make_one() {
 fn contexts_are_kept_for_this_user_only_and_never_show_a_token() {
     let home = Home::new();
     let endpoint = nobody();
-    let add = |name: &str| home.run_with(&["context", "add", name, "--endpoint", &endpoint, "--pin", PIN, "--token", "-"], "svt_secret\n");
+    let add = |name: &str| {
+        home.run_with(&["context", "add", name, "--endpoint", &endpoint, "--pin", PIN, "--token", "-"], "svt_secret\n")
+    };
     assert!(add("one").status.success());
     assert!(add("two").status.success());
     let file = home.0.path().join("contexts.json");
@@ -172,7 +181,9 @@ fn configuration_files_that_cannot_be_read_are_named_with_their_line() {
         assert_eq!(output.status.code(), Some(2));
         err(&output)
     };
-    assert!(refused("a.yaml", "kind: Zone\nname: a\n---\nkind: Zone\nnome: b\n").contains("a.yaml:5: unknown field `nome`"));
+    assert!(
+        refused("a.yaml", "kind: Zone\nname: a\n---\nkind: Zone\nnome: b\n").contains("a.yaml:5: unknown field `nome`")
+    );
     assert!(refused("b.yml", "\nkind: Nonsense\n").contains("b.yml:2: `Nonsense` is no kind"));
     assert!(refused("c.yaml", "kind: Zone\nname: [\n").contains("c.yaml:"));
     assert!(refused("d.yaml", &" ".repeat(9 << 20)).contains("d.yaml"));
@@ -191,7 +202,9 @@ fn a_broker_s_configuration_is_checked_before_anything_is_made() {
     let data = home.0.path().join("data");
     std::fs::write(&config, format!("data_dir = {data:?}\nname = \"b\"\nlisten = 1\n")).expect("a file");
     let config = config.to_str().expect("text");
-    for args in [&["broker", "--config", config][..], &["cluster", "init", "--config", config, "--trust-domain", "a.test"]] {
+    for args in
+        [&["broker", "--config", config][..], &["cluster", "init", "--config", config, "--trust-domain", "a.test"]]
+    {
         let output = home.run(args);
         assert_eq!(output.status.code(), Some(2), "{args:?}");
         assert!(err(&output).contains("b.toml"), "{}", err(&output));

@@ -24,7 +24,16 @@ fn every_record_reaches_rsyslog_also_those_made_while_it_was_away() {
     )
     .expect("a configuration");
     let pid_file = world.path("rsyslog.pid");
-    let start = || Receiver(Command::new(&rsyslogd).args(["-n", "-f", text(&config), "-i", text(&pid_file)]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("rsyslogd"));
+    let start = || {
+        Receiver(
+            Command::new(&rsyslogd)
+                .args(["-n", "-f", text(&config), "-i", text(&pid_file)])
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .expect("rsyslogd"),
+        )
+    };
     let mut receiver = start();
     let output = world.apply(&format!("kind: Receiver\nname: siem\naddress: {address}\n"));
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -65,7 +74,12 @@ fn received(file: &Path) -> BTreeSet<String> {
 }
 
 fn ids(text: &str) -> BTreeSet<String> {
-    text.split("\"id\":\"").skip(1).filter_map(|rest| rest.split_once('"')).map(|(id, _)| id.to_owned()).filter(|id| id.contains('/')).collect()
+    text.split("\"id\":\"")
+        .skip(1)
+        .filter_map(|rest| rest.split_once('"'))
+        .map(|(id, _)| id.to_owned())
+        .filter(|id| id.contains('/'))
+        .collect()
 }
 
 /// The path of an unpacked server.

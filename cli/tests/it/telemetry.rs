@@ -125,7 +125,9 @@ fn the_metrics_are_those_of_the_reference_with_labels_from_closed_sets() {
 
     let reference = reference();
     for (family, kind) in &scrape.kinds {
-        let Some((documented, _)) = reference.get(family.as_str()) else { panic!("`{family}` is not in the reference") };
+        let Some((documented, _)) = reference.get(family.as_str()) else {
+            panic!("`{family}` is not in the reference")
+        };
         assert_eq!(kind, documented, "{family}");
         assert!(scrape.described.contains(family), "`{family}` has no help");
     }
@@ -259,7 +261,9 @@ impl Collector {
         let service = TraceServiceServer::new(Receiver(Arc::clone(&spans)));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         std::thread::spawn(move || {
-            runtime.block_on(tonic::transport::Server::builder().add_service(service).serve(address)).expect("it serves");
+            runtime
+                .block_on(tonic::transport::Server::builder().add_service(service).serve(address))
+                .expect("it serves");
         });
         wait("the receiver", || std::net::TcpStream::connect(address).is_ok());
         Self { endpoint: format!("http://{address}"), spans }
@@ -338,9 +342,9 @@ impl Scrape {
                 let (series, value) = line.rsplit_once(' ').expect("a series and a value");
                 assert!(seen.insert(series.to_owned()), "twice: {line}");
                 let value: f64 = value.parse().unwrap_or_else(|error| panic!("{error}: {line}"));
-                let (name, labels) = series.strip_suffix('}').map_or((series, ""), |series| {
-                    series.split_once('{').unwrap_or_else(|| panic!("{line}"))
-                });
+                let (name, labels) = series
+                    .strip_suffix('}')
+                    .map_or((series, ""), |series| series.split_once('{').unwrap_or_else(|| panic!("{line}")));
                 let valid = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':';
                 assert!(!name.is_empty() && name.chars().all(valid), "{line}");
                 let labels = labels.split(',').filter(|label| !label.is_empty()).map(|label| {
@@ -349,9 +353,9 @@ impl Scrape {
                     (name.to_owned(), value.to_owned())
                 });
                 let labels: Vec<_> = labels.collect();
-                let family = ["", "_bucket", "_sum", "_count"].into_iter().find_map(|suffix| {
-                    name.strip_suffix(suffix).filter(|family| scrape.kinds.contains_key(*family))
-                });
+                let family = ["", "_bucket", "_sum", "_count"]
+                    .into_iter()
+                    .find_map(|suffix| name.strip_suffix(suffix).filter(|family| scrape.kinds.contains_key(*family)));
                 let family = family.unwrap_or_else(|| panic!("a sample before its kind: {line}"));
                 scrape.samples.push((family.to_owned(), labels, value));
             }

@@ -46,7 +46,17 @@ impl World {
         }
         let config = world.brokers[0].config.clone();
         let root_key = world.path("root.key");
-        let init = ["cluster", "init", "--config", text(&config), "--trust-domain", "test.example", "--root-key-out", text(&root_key), "--json"];
+        let init = [
+            "cluster",
+            "init",
+            "--config",
+            text(&config),
+            "--trust-domain",
+            "test.example",
+            "--root-key-out",
+            text(&root_key),
+            "--json",
+        ];
         let init = world.json(&init);
         let pin = init["pin"].as_str().expect("`cluster init` says the pin").to_owned();
         let token = world.start_first();
@@ -203,7 +213,11 @@ impl World {
     pub fn apply_segments(&self, segments: &[(&str, &str, u16)]) {
         let mut yaml = "kind: Region\nname: here\nlatitude: 50.1\nlongitude: 8.7\n---\nkind: ConnectorGroup\nname: here\nregion: here\n---\nkind: Zone\nname: internal\n".to_owned();
         for (name, host, port) in segments {
-            write!(yaml, "---\nkind: Segment\nname: {name}\nhosts: [{host}]\ntcp: [\"{port}\"]\nconnector_groups: [here]\n").expect("to a string");
+            write!(
+                yaml,
+                "---\nkind: Segment\nname: {name}\nhosts: [{host}]\ntcp: [\"{port}\"]\nconnector_groups: [here]\n"
+            )
+            .expect("to a string");
         }
         let output = self.apply(&yaml);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -235,7 +249,8 @@ impl World {
 
     /// An enrolment secret with one use.
     pub fn secret(&self, kind: &str, target: &str) -> String {
-        let key = self.json(&["key", "create", "--kind", kind, "--name", "test", "--target", target, "--uses", "1", "--json"]);
+        let key = self
+            .json(&["key", "create", "--kind", kind, "--name", "test", "--target", target, "--uses", "1", "--json"]);
         key["secret"].as_str().expect("a secret").to_owned()
     }
 
@@ -246,7 +261,14 @@ impl World {
     }
 
     /// A request to broker `number`'s web listener; answers status and JSON body.
-    pub fn http(&self, number: usize, method: &str, path: &str, token: &str, body: Option<serde_json::Value>) -> (u16, serde_json::Value) {
+    pub fn http(
+        &self,
+        number: usize,
+        method: &str,
+        path: &str,
+        token: &str,
+        body: Option<serde_json::Value>,
+    ) -> (u16, serde_json::Value) {
         let url = format!("https://{}{path}", self.brokers[number].web);
         let request = async {
             let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();

@@ -83,8 +83,7 @@ pub(super) fn revoke(draft: &mut Draft, subject: Subject) -> Result<(), Rejected
         }
         Subject::Broker(node) => {
             draft.need_role(AdminRole::Owner)?;
-            let mut broker =
-                draft.state.row::<Broker>(&node.to_be_bytes()).ok_or_else(|| not_found("broker", node))?;
+            let mut broker = draft.state.row::<Broker>(&node.to_be_bytes()).ok_or_else(|| not_found("broker", node))?;
             broker.removed = true;
             broker.generation += 1;
             draft.emit(Event::BrokerPut(broker));
@@ -92,4 +91,3 @@ pub(super) fn revoke(draft: &mut Draft, subject: Subject) -> Result<(), Rejected
     }
     Ok(())
 }
-

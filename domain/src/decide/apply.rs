@@ -71,7 +71,9 @@ fn delete(draft: &mut Draft, key: &spec::Key) -> Result<(), Rejected> {
     let (table, id) = match key.kind {
         Kind::Region => (Table::Region, draft.state.find::<rows::Region>(name).map(|row| row.id())),
         Kind::Zone => (Table::Zone, draft.state.find::<rows::Zone>(name).map(|row| row.id())),
-        Kind::ConnectorGroup => (Table::ConnectorGroup, draft.state.find::<rows::ConnectorGroup>(name).map(|row| row.id())),
+        Kind::ConnectorGroup => {
+            (Table::ConnectorGroup, draft.state.find::<rows::ConnectorGroup>(name).map(|row| row.id()))
+        }
         Kind::SegmentGroup => (Table::SegmentGroup, draft.state.find::<rows::SegmentGroup>(name).map(|row| row.id())),
         Kind::Segment => (Table::Segment, draft.state.find::<rows::Segment>(name).map(|row| row.id())),
         Kind::Policy => (Table::Policy, draft.state.find::<rows::Policy>(name).map(|row| row.id())),
@@ -115,7 +117,13 @@ fn put(draft: &mut Draft, object: &Object, compiled: Option<&CompiledPolicy>) ->
             let Ok(Host::Name(domain)) = Host::parse(&name) else {
                 return Err(invalid(format!("zone `{name}` is not a domain")));
             };
-            put_row(draft, &domain, |id| rows::Zone { id: Some(id), name: domain.clone() }, Event::ZonePut, rows::Zone::id);
+            put_row(
+                draft,
+                &domain,
+                |id| rows::Zone { id: Some(id), name: domain.clone() },
+                Event::ZonePut,
+                rows::Zone::id,
+            );
         }
         Object::ConnectorGroup(group) => {
             if draft.state.find::<rows::Region>(IndexKey::name(&group.region)).is_none() {
@@ -135,7 +143,11 @@ fn put(draft: &mut Draft, object: &Object, compiled: Option<&CompiledPolicy>) ->
         }
         Object::Policy(policy) => put_policy(draft, policy, compiled)?,
         Object::Receiver(receiver) => {
-            if receiver.address.rsplit_once(':').is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err()) {
+            if receiver
+                .address
+                .rsplit_once(':')
+                .is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err())
+            {
                 return Err(invalid(format!("receiver `{name}`: `{}` is not `host:port`", receiver.address)));
             }
             let row = |id| rows::Receiver {
@@ -173,7 +185,8 @@ fn segment_row(state: &State, segment: &spec::Segment) -> Result<rows::Segment, 
     let mut networks = Vec::new();
     for network in &segment.networks {
         let parsed = crate::segment::parse_network(network).filter(|net| net.prefix_len() > 0);
-        let parsed = parsed.ok_or_else(|| wrong(format!("`{network}` is not a network in CIDR form, longer than /0")))?;
+        let parsed =
+            parsed.ok_or_else(|| wrong(format!("`{network}` is not a network in CIDR form, longer than /0")))?;
         networks.push(parsed.to_string());
     }
     let mut ports = Vec::new();
@@ -220,14 +233,19 @@ fn put_policy(draft: &mut Draft, policy: &spec::Policy, compiled: Option<&Compil
     let name = &policy.name;
     let compiled = compiled.ok_or_else(|| invalid(format!("policy `{name}` was not compiled")))?;
     if policy.cedar.len() > POLICY_BYTES_MAX || compiled.template.len() > 8 * POLICY_BYTES_MAX {
-        return Err(Rejected::new(RejectedCode::Limit, format!("policy `{name}` is longer than {POLICY_BYTES_MAX} bytes")));
+        return Err(Rejected::new(
+            RejectedCode::Limit,
+            format!("policy `{name}` is longer than {POLICY_BYTES_MAX} bytes"),
+        ));
     }
     let mut references = Vec::new();
     for (kind, referred) in &compiled.references {
         let id = resolve(&draft.state, kind, referred).map_err(|error| {
             invalid(match error {
                 Unnamed::Unknown => format!("policy `{name}`: {kind} `{referred}` is not there"),
-                Unnamed::Ambiguous => format!("policy `{name}`: several directories have {kind} `{referred}`: write `directory/{referred}`"),
+                Unnamed::Ambiguous => format!(
+                    "policy `{name}`: several directories have {kind} `{referred}`: write `directory/{referred}`"
+                ),
             })
         })?;
         references.push(rows::Reference { kind: kind.clone(), id: Some(id), name: referred.clone() });
@@ -287,7 +305,10 @@ fn check_references(draft: &Draft) -> Result<(), Rejected> {
                 _ => false,
             };
             if gone {
-                return Err(in_use(format!("policy `{}` names {} `{}`, which is being deleted", policy.name, reference.kind, reference.name)));
+                return Err(in_use(format!(
+                    "policy `{}` names {} `{}`, which is being deleted",
+                    policy.name, reference.kind, reference.name
+                )));
             }
         }
     }
@@ -296,9 +317,9 @@ fn check_references(draft: &Draft) -> Result<(), Rejected> {
         for target in segment.hosts.iter().chain(&segment.networks) {
             for ports in &segment.ports {
                 let claimed = claims.entry((ports.transport, target.clone())).or_default();
-                let other = claimed
-                    .iter()
-                    .find(|(first, last, other)| *other != segment.name && ports.first <= *last && *first <= ports.last);
+                let other = claimed.iter().find(|(first, last, other)| {
+                    *other != segment.name && ports.first <= *last && *first <= ports.last
+                });
                 if let Some((_, _, other)) = other {
                     return Err(Rejected::new(
                         RejectedCode::Conflict,

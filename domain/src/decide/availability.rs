@@ -21,9 +21,8 @@ pub(super) fn change(draft: &mut Draft, changes: &[AvailabilityChange]) -> Resul
         if old.as_ref().is_some_and(|old| old.stream > change.stream) {
             continue;
         }
-        let same = old.as_ref().is_some_and(|old| {
-            (old.stream, old.up, &old.down) == (change.stream, change.up, &change.down)
-        });
+        let same =
+            old.as_ref().is_some_and(|old| (old.stream, old.up, &old.down) == (change.stream, change.up, &change.down));
         if !same {
             let since_ms = draft.now_ms();
             draft.emit(Event::AvailabilityPut(Availability {

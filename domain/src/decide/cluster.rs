@@ -69,7 +69,14 @@ pub(super) fn register_client(draft: &mut Draft, boot: u64) -> Result<(), Reject
     }
     let id = draft.next_id();
     let node = draft.proposer;
-    draft.emit(Event::ClientPut(Client { id: Some(id), node, boot, used_ms: now_ms, acked_below: 1, outcomes: Vec::new() }));
+    draft.emit(Event::ClientPut(Client {
+        id: Some(id),
+        node,
+        boot,
+        used_ms: now_ms,
+        acked_below: 1,
+        outcomes: Vec::new(),
+    }));
     draft.ids.push(id);
     Ok(())
 }
@@ -115,8 +122,7 @@ pub(super) fn put_broker(draft: &mut Draft, put: &PutBroker) -> Result<(), Rejec
 
 pub(super) fn remove_broker(draft: &mut Draft, node: u64) -> Result<(), Rejected> {
     draft.need_role(AdminRole::Owner)?;
-    let mut broker =
-        draft.state.row::<Broker>(&node.to_be_bytes()).ok_or_else(|| not_found("broker", node))?;
+    let mut broker = draft.state.row::<Broker>(&node.to_be_bytes()).ok_or_else(|| not_found("broker", node))?;
     broker.removed = true;
     broker.generation += 1;
     draft.emit(Event::BrokerPut(broker));
@@ -127,8 +133,7 @@ pub(super) fn drain_broker(draft: &mut Draft, node: u64, draining: bool) -> Resu
     if !(draft.actor.kind == ActorKind::Broker && draft.proposer == node) {
         draft.need_role(AdminRole::Admin)?;
     }
-    let mut broker =
-        draft.state.row::<Broker>(&node.to_be_bytes()).ok_or_else(|| not_found("broker", node))?;
+    let mut broker = draft.state.row::<Broker>(&node.to_be_bytes()).ok_or_else(|| not_found("broker", node))?;
     if broker.draining != draining {
         broker.draining = draining;
         draft.emit(Event::BrokerPut(broker));

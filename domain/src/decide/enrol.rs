@@ -5,8 +5,8 @@ use crate::event::Event;
 use crate::id::Id;
 use crate::limits::{KEY_LIFE_MS_MAX, KEY_USES_MAX};
 use crate::rows::{
-    AdminRole, Broker, BrokerRole, Certificate, Connector, ConnectorGroup, Device, EnrolKey, EnrolKind, Enrolment, User,
-    Workload,
+    AdminRole, Broker, BrokerRole, Certificate, Connector, ConnectorGroup, Device, EnrolKey, EnrolKind, Enrolment,
+    User, Workload,
 };
 use crate::state::IndexKey;
 
@@ -167,7 +167,9 @@ fn make(draft: &mut Draft, kind: EnrolKind, target: Id, name: &str, enrol: &Enro
                 name: name.to_owned(),
                 generation: 1,
                 joined_ms: enrolled_ms,
-                roles: [BrokerRole::Voter, BrokerRole::Issuer, BrokerRole::Web, BrokerRole::Edge].map(|r| r as i32).into(),
+                roles: [BrokerRole::Voter, BrokerRole::Issuer, BrokerRole::Web, BrokerRole::Edge]
+                    .map(|r| r as i32)
+                    .into(),
                 ..Broker::default()
             }));
             Ok(None)
@@ -211,6 +213,8 @@ pub(super) fn certificate_issued(draft: &mut Draft, issued: &CertificateIssued) 
 fn find_user(draft: &Draft, name: &str) -> Result<User, Rejected> {
     draft.state.user_named(name).map_err(|error| match error {
         crate::state::Unnamed::Unknown => not_found("user", name),
-        crate::state::Unnamed::Ambiguous => invalid(format!("several directories have a user `{name}`: write `directory/{name}`")),
+        crate::state::Unnamed::Ambiguous => {
+            invalid(format!("several directories have a user `{name}`: write `directory/{name}`"))
+        }
     })
 }

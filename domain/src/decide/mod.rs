@@ -187,10 +187,11 @@ impl Draft {
 
     fn change_chunk(&mut self, group: u32, user: u32, joined: bool) {
         let chunk = user / 1_024;
-        let mut members = self
-            .state
-            .row::<Members>(&Members::key_of(group, chunk))
-            .unwrap_or(Members { group, chunk, users: Vec::new() });
+        let mut members = self.state.row::<Members>(&Members::key_of(group, chunk)).unwrap_or(Members {
+            group,
+            chunk,
+            users: Vec::new(),
+        });
         match (members.users.binary_search(&user), joined) {
             (Err(at), true) => members.users.insert(at, user),
             (Ok(at), false) => drop(members.users.remove(at)),
@@ -242,10 +243,7 @@ impl Draft {
 
     /// The command comes from a broker of this cluster, acting for itself.
     fn need_broker(&self) -> Result<(), Rejected> {
-        let known = self
-            .state
-            .row::<rows::Broker>(&self.proposer.to_be_bytes())
-            .is_some_and(|broker| !broker.removed);
+        let known = self.state.row::<rows::Broker>(&self.proposer.to_be_bytes()).is_some_and(|broker| !broker.removed);
         if self.actor.kind == ActorKind::Broker && known { Ok(()) } else { Err(forbidden()) }
     }
 

@@ -32,10 +32,8 @@ pub(crate) fn remember(draft: &mut Draft, command: &Command, outcome: Outcome) -
     let Some(dedupe) = &command.dedupe else { return outcome };
     let Some(mut client) = draft.state.by_id::<Client>(dedupe.client) else { return outcome };
     let kept = kept(dedupe.seq, &outcome);
-    client.acked_below = client
-        .acked_below
-        .max(dedupe.acked_below.min(dedupe.seq))
-        .max((dedupe.seq + 1).saturating_sub(DEDUPE_WINDOW));
+    client.acked_below =
+        client.acked_below.max(dedupe.acked_below.min(dedupe.seq)).max((dedupe.seq + 1).saturating_sub(DEDUPE_WINDOW));
     let below = client.acked_below;
     client.outcomes.retain(|outcome| outcome.seq >= below);
     client.outcomes.push(kept.clone());

@@ -173,13 +173,20 @@ fn a_cluster_is_initialised_once_and_nothing_comes_before() {
 fn rights_are_checked_in_the_state_that_is_decided_on() {
     let mut world = World::new();
     let owner = world.owner();
-    let create = |name: &str, role: AdminRole, secret| Body::CreateToken { name: name.into(), role: role as i32, secret_sha256: secret };
+    let create = |name: &str, role: AdminRole, secret| Body::CreateToken {
+        name: name.into(),
+        role: role as i32,
+        secret_sha256: secret,
+    };
     let admin = world.done(owner.clone(), create("admin", AdminRole::Admin, [1; 32]))[0];
     let admin = Actor::token(admin, 1);
     assert_eq!(world.refused(admin.clone(), create("other", AdminRole::Owner, [2; 32])), RejectedCode::Forbidden);
     world.done(owner.clone(), Body::RevokeToken { id: admin.id.expect("a token") });
     assert_eq!(world.refused(admin, key(EnrolKind::Broker, "", 1)), RejectedCode::Unauthenticated);
-    assert_eq!(world.refused(owner.clone(), Body::RevokeToken { id: owner.id.expect("a token") }), RejectedCode::Conflict);
+    assert_eq!(
+        world.refused(owner.clone(), Body::RevokeToken { id: owner.id.expect("a token") }),
+        RejectedCode::Conflict
+    );
     assert_eq!(world.refused(Actor::BROKER, create("b", AdminRole::Owner, [3; 32])), RejectedCode::Forbidden);
     assert_eq!(world.refused(world.directory(), apply(vec![])), RejectedCode::Forbidden);
 }
@@ -208,8 +215,14 @@ fn odd_objects_are_refused() {
     let mut world = World::new();
     let owner = world.owner();
     world.done(owner.clone(), apply(group_objects()));
-    for (host, port) in [("*", "80"), ("*.", "80"), ("a b", "80"), ("x.internal", "0"), ("x.internal", "9-3"), ("x.internal", "65536")] {
-        assert_eq!(world.refused(owner.clone(), apply(vec![segment("s", host, port)])), RejectedCode::Invalid, "{host} {port}");
+    for (host, port) in
+        [("*", "80"), ("*.", "80"), ("a b", "80"), ("x.internal", "0"), ("x.internal", "9-3"), ("x.internal", "65536")]
+    {
+        assert_eq!(
+            world.refused(owner.clone(), apply(vec![segment("s", host, port)])),
+            RejectedCode::Invalid,
+            "{host} {port}"
+        );
     }
     for network in ["0.0.0.0/0", "::/0", "::ffff:0:0/96", "10.0.0.0/33", "x"] {
         let mut one = segment("s", "x.internal", "80");
@@ -263,7 +276,15 @@ fn members_and_users_agree_and_a_deleted_groups_number_is_not_reused() {
         world.state.groups_of(&row).map(|group| group.display_name).collect::<Vec<_>>()
     };
     assert_eq!(names(&world, ann), ["sales"]);
-    let change = ChangeGroup { id: sales, version: None, display_name: None, external_id: None, members: None, add: vec![], remove: vec![ann] };
+    let change = ChangeGroup {
+        id: sales,
+        version: None,
+        display_name: None,
+        external_id: None,
+        members: None,
+        add: vec![],
+        remove: vec![ann],
+    };
     world.done(directory.clone(), Body::ChangeGroup(change));
     assert!(names(&world, ann).is_empty());
     world.done(directory.clone(), Body::DeleteGroup { id: sales, version: None });
@@ -287,7 +308,8 @@ fn an_enrolment_secret_is_used_as_often_as_it_may_be_and_a_repetition_is_free() 
     assert_eq!(world.refused(ENROLMENT, enrol(EnrolKind::Connector, 2)), RejectedCode::KeyExhausted);
     world.now_ms += 60_000;
     assert_eq!(world.refused(ENROLMENT, enrol(EnrolKind::Connector, 1)), RejectedCode::KeyVoid);
-    let unknown = Body::Enrol(Enrol { secret_sha256: [0; 32], kind: 1, key_sha256: [1; 32], name: String::new(), node: 0 });
+    let unknown =
+        Body::Enrol(Enrol { secret_sha256: [0; 32], kind: 1, key_sha256: [1; 32], name: String::new(), node: 0 });
     assert_eq!(world.refused(ENROLMENT, unknown), RejectedCode::KeyUnknown);
 }
 

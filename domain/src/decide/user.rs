@@ -69,11 +69,7 @@ pub(super) fn delete(draft: &mut Draft, id: Id, version: Option<u64>) -> Result<
 }
 
 fn owned(draft: &Draft, directory: Id, id: Id) -> Result<User, Rejected> {
-    draft
-        .state
-        .by_id::<User>(id)
-        .filter(|user| user.directory == Some(directory))
-        .ok_or_else(|| not_found("user", id))
+    draft.state.by_id::<User>(id).filter(|user| user.directory == Some(directory)).ok_or_else(|| not_found("user", id))
 }
 
 fn check(draft: &Draft, directory: Id, fields: &UserFields, own: Option<Id>) -> Result<(), Rejected> {
@@ -89,7 +85,10 @@ fn check(draft: &Draft, directory: Id, fields: &UserFields, own: Option<Id>) -> 
         return Err(Rejected::new(RejectedCode::Conflict, format!("there is another user `{}`", fields.user_name)));
     }
     if !fields.external_id.is_empty() && taken(IndexKey::External(directory, fields.external_id.clone())) {
-        return Err(Rejected::new(RejectedCode::Conflict, format!("there is another user with `externalId` `{}`", fields.external_id)));
+        return Err(Rejected::new(
+            RejectedCode::Conflict,
+            format!("there is another user with `externalId` `{}`", fields.external_id),
+        ));
     }
     Ok(())
 }

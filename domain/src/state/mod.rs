@@ -234,15 +234,20 @@ impl State {
     }
 
     pub(crate) fn delete(&mut self, table: Table, key: Vec<u8>) -> RowChange {
-        let before = self.tables[table as usize]
-            .get(&key)
-            .and_then(|value| table.index_of(value).ok())
-            .unwrap_or_default();
+        let before =
+            self.tables[table as usize].get(&key).and_then(|value| table.index_of(value).ok()).unwrap_or_default();
         self.set(table, key.clone(), None, before, Vec::new());
         RowChange { table: table as u8, key, value: None }
     }
 
-    fn set(&mut self, table: Table, key: Vec<u8>, value: Option<Arc<[u8]>>, before: Vec<IndexKey>, after: Vec<IndexKey>) {
+    fn set(
+        &mut self,
+        table: Table,
+        key: Vec<u8>,
+        value: Option<Arc<[u8]>>,
+        before: Vec<IndexKey>,
+        after: Vec<IndexKey>,
+    ) {
         for index in before {
             self.index.remove(&(table, index));
         }
