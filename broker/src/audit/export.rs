@@ -111,11 +111,11 @@ impl Exporter {
     async fn deliver(self: Arc<Self>, receiver: Receiver, stop: CancellationToken) {
         let work = async {
             loop {
-                if self.cluster.lease().open() {
-                    if let Err(error) = self.connection(&receiver).await {
-                        ::metrics::counter!(metrics::CONNECTION_FAILURES).increment(1);
-                        tracing::info!(receiver = receiver.name, %error, "log receiver is away, delivery will resume");
-                    }
+                if self.cluster.lease().open()
+                    && let Err(error) = self.connection(&receiver).await
+                {
+                    ::metrics::counter!(metrics::CONNECTION_FAILURES).increment(1);
+                    tracing::info!(receiver = receiver.name, %error, "log receiver is away, delivery will resume");
                 }
                 tokio::time::sleep(RETRY).await;
             }

@@ -223,8 +223,8 @@ impl Shop {
         let mut found = None;
         wait(kind, || {
             let lines = self.world.ok(&["audit", "show", "--json"]);
-            let records = lines.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"));
-            found = records.filter(|record| kind_of(record) == kind).last();
+            let mut records = lines.lines().rev().map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"));
+            found = records.find(|record| kind_of(record) == kind);
             found.is_some()
         });
         let found = found.expect("waited for");
@@ -321,8 +321,11 @@ impl TraceService for Receiver {
 struct Scrape {
     kinds: BTreeMap<String, String>,
     described: BTreeSet<String>,
-    samples: Vec<(String, Vec<(String, String)>, f64)>,
+    samples: Vec<Sample>,
 }
+
+/// Family, labels, value.
+type Sample = (String, Vec<(String, String)>, f64);
 
 impl Scrape {
     fn parse(text: &str) -> Self {
