@@ -223,7 +223,8 @@ impl Shop {
         let mut found = None;
         wait(kind, || {
             let lines = self.world.ok(&["audit", "show", "--json"]);
-            let mut records = lines.lines().rev().map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"));
+            let mut records =
+                lines.lines().rev().map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"));
             found = records.find(|record| kind_of(record) == kind);
             found.is_some()
         });
