@@ -371,6 +371,7 @@ fn spawn(
     tasks.spawn(leader::keep_time(core.clone()));
     tasks.spawn(read::keep_lease(core.clone()));
     tasks.spawn(housekeeping::watch(core.clone()));
+    tasks.spawn(housekeeping::keep_connected(core.clone()));
     tasks.spawn(housekeeping::keep_log_short(core.clone()));
     Ok(())
 }

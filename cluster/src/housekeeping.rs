@@ -5,12 +5,16 @@ use std::time::Duration;
 
 use openraft::async_runtime::WatchReceiver as _;
 
+use selvedge_proto::peer as wire;
+
 use crate::core::Core;
+use crate::dial::Purpose;
 use crate::error::Fatal;
 use crate::metrics::{LEADER, TERM};
 use crate::snapshot::blocking;
 
 const INTERVAL: Duration = Duration::from_millis(250);
+const CONNECTED_INTERVAL: Duration = Duration::from_secs(1);
 /// A log write that is older makes a leader hand over.
 pub const LOG_STALL_TRANSFER_MS: u64 = 2_000;
 /// And a little later stop its heartbeats, so that another is elected.
@@ -73,6 +77,23 @@ fn end_suspicion(core: &Core) {
         );
         core.log.log().clear_suspect(Box::new(|_| ()));
         core.raft.runtime_config().elect(true);
+    }
+}
+
+/// Keeps Raft's connections to the other voters open, also between two followers: a round of votes after the leader's
+/// death is over before a connection would stand.
+pub(crate) async fn keep_connected(core: Arc<Core>) {
+    while core.pause(CONNECTED_INTERVAL).await.is_ok() {
+        for voter in core.voters().into_iter().filter(|voter| *voter != core.node) {
+            let core = core.clone();
+            core.clone().tasks.spawn(async move {
+                let mut client = core.peer_client(voter, Purpose::Raft);
+                let mut request = tonic::Request::new(wire::ClockRequest {});
+                request.set_timeout(CONNECTED_INTERVAL);
+                // Whether it answers does not matter here: that the connection stands does.
+                let _ = tokio::time::timeout(CONNECTED_INTERVAL, client.clock(request)).await;
+            });
+        }
     }
 }
 

@@ -244,7 +244,7 @@ impl Core {
     }
 
     /// Returns when this broker knows another leader than this one.
-    async fn led_by_another(&self, leader: u64) {
+    pub(crate) async fn led_by_another(&self, leader: u64) {
         let mut metrics = self.raft.server_metrics();
         loop {
             if metrics.borrow_watched().current_leader.is_some_and(|other| other != leader) {

@@ -54,7 +54,12 @@ impl Core {
         request.set_timeout(timeout);
         let mut client = self.peer_client(leader, Purpose::Control);
         use wire::read_index_reply::Result as Reply;
-        match tokio::time::timeout(timeout, client.read_index(request)).await {
+        let answer = tokio::select! {
+            answer = tokio::time::timeout(timeout, client.read_index(request)) => answer,
+            // The old leader may be gone without a word.
+            () = self.led_by_another(leader) => return Err(NoReadIndex::NoQuorum),
+        };
+        match answer {
             Ok(Ok(reply)) => match reply.into_inner().result {
                 Some(Reply::Index(index)) => Ok(index),
                 Some(Reply::NotLeader(not)) => Err(NoReadIndex::NotLeader((not.leader != 0).then_some(not.leader))),
