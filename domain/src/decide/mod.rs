@@ -1,4 +1,4 @@
-//! What commands lead to: `decide` says which events, `evolve` (in [`Draft::emit`]) writes them.
+//! What commands lead to: `decide` says which events, `evolve` (in `Draft::emit`) writes them.
 //!
 //! Pure and total over the committed state, the entry's time and the command. Rules are changed only behind
 //! `RaiseMinVersion`.
