@@ -1,8 +1,12 @@
 //! The audit stream at a real syslog receiver.
 
 use std::collections::BTreeSet;
+use std::io::Read as _;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use crate::world::{World, free_ports, text, wait};
 
@@ -51,6 +55,67 @@ fn every_record_reaches_rsyslog_also_those_made_while_it_was_away() {
     wait("all records", || journal.is_subset(&received(&file)));
     let verified = world.run(&["audit", "verify", text(&world.path("b1").join("audit"))]);
     assert!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stderr));
+}
+
+#[test]
+fn a_receiver_with_tls_gets_every_record_and_one_with_another_name_gets_none() {
+    let certified = rcgen::generate_simple_self_signed(vec!["siem.test".to_owned()]).expect("a certificate");
+    let (named, misnamed) = (TlsReceiver::start(&certified), TlsReceiver::start(&certified));
+    let world = World::start(Path::new(env!("CARGO_BIN_EXE_selvedge")), 1);
+    let ca: String = certified.cert.pem().lines().map(|line| format!("  {line}\n")).collect();
+    let receiver = |name: &str, address, tls_name: &str| {
+        let yaml = format!("kind: Receiver\nname: {name}\naddress: {address}\ntls_name: {tls_name}\ntls_ca: |\n{ca}");
+        let output = world.apply(&yaml);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    receiver("misnamed", misnamed.address, "other.test");
+    receiver("siem", named.address, "siem.test");
+    world.directory("people");
+    let journal = ids(&world.ok(&["audit", "show", "--json"]));
+    assert!(journal.len() >= 3, "{}", journal.len());
+    wait("all records", || journal.is_subset(&named.ids()));
+    wait("an attempt at the other", || misnamed.attempts.load(Ordering::Relaxed) > 0);
+    assert!(misnamed.ids().is_empty(), "whose name is not in the certificate is sent nothing");
+}
+
+/// A TLS server that keeps what it is sent.
+struct TlsReceiver {
+    address: SocketAddr,
+    received: Arc<Mutex<Vec<u8>>>,
+    attempts: Arc<AtomicUsize>,
+}
+
+impl TlsReceiver {
+    fn start(certified: &rcgen::CertifiedKey<rcgen::KeyPair>) -> Self {
+        let key = rustls::pki_types::PrivateKeyDer::try_from(certified.signing_key.serialize_der()).expect("a key");
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .expect("TLS 1.3")
+            .with_no_client_auth()
+            .with_single_cert(vec![certified.cert.der().clone()], key)
+            .expect("a certificate and its key");
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+        let address = listener.local_addr().expect("bound");
+        let (received, attempts) = (Arc::<Mutex<Vec<u8>>>::default(), Arc::<AtomicUsize>::default());
+        let (config, kept, counted) = (Arc::new(config), received.clone(), attempts.clone());
+        std::thread::spawn(move || {
+            for mut socket in listener.incoming().flatten() {
+                counted.fetch_add(1, Ordering::Relaxed);
+                let mut connection = rustls::ServerConnection::new(config.clone()).expect("a connection");
+                let mut stream = rustls::Stream::new(&mut connection, &mut socket);
+                let mut buffer = [0; 16 << 10];
+                while let Ok(read @ 1..) = stream.read(&mut buffer) {
+                    kept.lock().expect("not poisoned").extend_from_slice(&buffer[..read]);
+                }
+            }
+        });
+        Self { address, received, attempts }
+    }
+
+    fn ids(&self) -> BTreeSet<String> {
+        ids(&String::from_utf8_lossy(&self.received.lock().expect("not poisoned")))
+    }
 }
 
 struct Receiver(Child);
