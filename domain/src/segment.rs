@@ -2,7 +2,7 @@
 //!
 //! A name matches only names, an address only addresses. What matches is ordered in *levels* of specificity: the exact
 //! name, then wildcards from the longest to the shortest domain; for addresses, networks from the longest prefix to the
-//! shortest. Segments of one level are told apart by the port, and [`conflicts`] refuses those that are not.
+//! shortest. Segments of one level are told apart by the port; those that are not are a [`conflict`], which is refused.
 //!
 //! **Invariant:** if the most specific segment is exclusive, no other segment is matched, whether or not it has the port.
 
@@ -282,6 +282,15 @@ enum Target {
     Network(IpNet),
 }
 
+impl std::fmt::Display for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Host(pattern) => pattern.fmt(f),
+            Self::Network(network) => network.fmt(f),
+        }
+    }
+}
+
 /// Hosts and networks of a segment in the one form in which equal ones are equal. What does not parse is left out:
 /// `decide` refused it.
 fn targets(segment: &rows::Segment) -> BTreeSet<Target> {
@@ -309,10 +318,10 @@ pub fn parse_network(text: &str) -> Option<IpNet> {
 
 /// Two segments that would be chosen for the same endpoint.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{target}` {transport} port {port} is already in segment `{segment}`", transport = transport_name(*.transport))]
+#[error("segments `{}` and `{}` both have `{target}` with {} port {port}", .segments.0, .segments.1, transport_name(*.transport))]
 pub struct Conflict {
-    /// Name of the other segment.
-    pub segment: String,
+    /// Their names.
+    pub segments: (String, String),
     /// The host pattern or network that both have.
     pub target: String,
     /// The transport that both have.
@@ -321,29 +330,36 @@ pub struct Conflict {
     pub port: u32,
 }
 
-/// The first of `all` that has a host pattern or network, a transport and a port that `segment` has too.
-///
-/// A segment does not conflict with itself: one with the same id is passed over.
-pub fn conflicts(segment: &rows::Segment, all: impl Iterator<Item = rows::Segment>) -> Option<Conflict> {
-    let own = targets(segment);
-    all.filter(|other| segment.id.is_none() || other.id != segment.id).find_map(|other| {
-        let (transport, port) = common_port(&segment.ports, &other.ports)?;
-        let target = match targets(&other).into_iter().find(|target| own.contains(target))? {
-            Target::Host(pattern) => pattern.to_string(),
-            Target::Network(network) => network.to_string(),
-        };
-        Some(Conflict { segment: other.name, target, transport, port })
-    })
+/// The first two segments that have a host pattern or network, a transport and a port in common.
+pub fn conflict(all: impl Iterator<Item = rows::Segment>) -> Option<Conflict> {
+    let mut names = Vec::new();
+    let mut claims: BTreeMap<Target, Vec<(rows::PortRange, usize)>> = BTreeMap::new();
+    for (at, segment) in all.enumerate() {
+        for target in targets(&segment) {
+            let claimed = claims.entry(target.clone()).or_default();
+            for ports in &segment.ports {
+                let others = claimed.iter().filter(|(_, other)| *other != at);
+                if let Some((port, other)) =
+                    others.filter_map(|(theirs, other)| common_port(ports, theirs).zip(Some(*other))).next()
+                {
+                    return Some(Conflict {
+                        segments: (std::mem::take(&mut names[other]), segment.name),
+                        target: target.to_string(),
+                        transport: ports.transport(),
+                        port,
+                    });
+                }
+                claimed.push((*ports, at));
+            }
+        }
+        names.push(segment.name);
+    }
+    None
 }
 
-fn common_port(ours: &[rows::PortRange], theirs: &[rows::PortRange]) -> Option<(Transport, u32)> {
-    ours.iter().find_map(|our| {
-        theirs.iter().find_map(|their| {
-            let first = our.first.max(their.first);
-            let overlap = our.transport == their.transport && first <= our.last.min(their.last);
-            overlap.then(|| (our.transport(), first))
-        })
-    })
+fn common_port(ours: &rows::PortRange, theirs: &rows::PortRange) -> Option<u32> {
+    let first = ours.first.max(theirs.first);
+    (ours.transport == theirs.transport && first <= ours.last.min(theirs.last)).then_some(first)
 }
 
 #[cfg(test)]
@@ -476,17 +492,19 @@ mod tests {
     #[test]
     fn the_same_name_transport_and_port_in_two_segments_conflict() {
         let first = segment(1, &["crm.corp", "*.x", "10.1.2.0/24"], &[80], EXCLUSIVE);
-        let all = || [first.clone()].into_iter();
-        for targets in ["crm.corp", "*.x", "10.1.2.99/24", "::ffff:10.1.2.0/120"] {
-            assert!(conflicts(&segment(2, &[targets], &[79, 80], EXCLUSIVE), all()).is_some(), "{targets}");
-            assert!(conflicts(&segment(2, &[targets], &[81], EXCLUSIVE), all()).is_none(), "{targets}");
+        let with =
+            |target, ports: &[u32]| conflict([first.clone(), segment(2, &[target], ports, EXCLUSIVE)].into_iter());
+        for target in ["crm.corp", "*.x", "10.1.2.99/24", "::ffff:10.1.2.0/120"] {
+            assert!(with(target, &[79, 80]).is_some(), "{target}");
+            assert!(with(target, &[81]).is_none(), "{target}");
         }
-        for targets in ["x", "a.x", "10.1.2.0/25", "10.1.2.3"] {
-            assert!(conflicts(&segment(2, &[targets], &[80], EXCLUSIVE), all()).is_none(), "{targets}");
+        for target in ["x", "a.x", "10.1.2.0/25", "10.1.2.3"] {
+            assert!(with(target, &[80]).is_none(), "{target}");
         }
-        assert!(conflicts(&first, all()).is_none(), "a segment does not conflict with itself");
-        let conflict = conflicts(&segment(2, &["CRM.corp"], &[80], EXCLUSIVE), all()).unwrap();
-        assert_eq!(conflict.to_string(), "`crm.corp` tcp port 80 is already in segment `s1`");
+        let twice = segment(1, &["crm.corp"], &[80, 80], EXCLUSIVE);
+        assert!(conflict([twice].into_iter()).is_none(), "a segment does not conflict with itself");
+        let found = with("CRM.corp", &[80]).unwrap();
+        assert_eq!(found.to_string(), "segments `s1` and `s2` both have `crm.corp` with tcp port 80");
     }
 
     #[test]
@@ -575,8 +593,9 @@ mod tests {
             for (seq, (targets, ports, inclusive)) in drawn.into_iter().enumerate() {
                 let targets: Vec<&str> = targets.into_iter().map(|t| TARGETS[t]).collect();
                 let candidate = segment(seq as u64 + 1, &targets, &ports.into_iter().collect::<Vec<_>>(), inclusive);
-                if conflicts(&candidate, segments.iter().cloned()).is_none() {
-                    segments.push(candidate);
+                segments.push(candidate);
+                if conflict(segments.iter().cloned()).is_some() {
+                    segments.pop();
                 }
             }
             let endpoint = endpoint(HOSTS[host], port);

@@ -312,23 +312,8 @@ fn check_references(draft: &Draft) -> Result<(), Rejected> {
             }
         }
     }
-    let mut claims = std::collections::BTreeMap::<(i32, String), Vec<(u32, u32, String)>>::new();
-    for segment in state.rows::<rows::Segment>() {
-        for target in segment.hosts.iter().chain(&segment.networks) {
-            for ports in &segment.ports {
-                let claimed = claims.entry((ports.transport, target.clone())).or_default();
-                let other = claimed.iter().find(|(first, last, other)| {
-                    *other != segment.name && ports.first <= *last && *first <= ports.last
-                });
-                if let Some((_, _, other)) = other {
-                    return Err(Rejected::new(
-                        RejectedCode::Conflict,
-                        format!("segments `{other}` and `{}` both have `{target}` with the same port", segment.name),
-                    ));
-                }
-                claimed.push((ports.first, ports.last, segment.name.clone()));
-            }
-        }
+    match crate::segment::conflict(state.rows::<rows::Segment>()) {
+        Some(conflict) => Err(Rejected::new(RejectedCode::Conflict, conflict.to_string())),
+        None => Ok(()),
     }
-    Ok(())
 }
