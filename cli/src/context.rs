@@ -3,12 +3,12 @@
 //! Kept in `contexts.json` (mode 0600) under `$SELVEDGE_HOME`, else `~/.config/selvedge`.
 
 use std::collections::BTreeMap;
-use std::io::Write as _;
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
 use selvedge_proto::identity::Pin;
+use selvedge_proto::private_file;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
@@ -118,7 +118,7 @@ impl Contexts {
             .with_context(|| format!("cannot make `{}`", dir.display()))?;
         let text = Zeroizing::new(serde_json::to_string_pretty(self)?);
         let path = dir.join(FILE);
-        write_private(&path, &text).with_context(|| format!("cannot write `{}`", path.display()))
+        private_file::replace(&path, text.as_bytes()).with_context(|| format!("cannot write `{}`", path.display()))
     }
 
     /// The context to use: flags and environment over what is stored.
@@ -143,22 +143,4 @@ impl Contexts {
             ),
         }
     }
-}
-
-/// Replaces a file by one that only this user can read.
-pub fn write_private(path: &Path, text: &str) -> std::io::Result<()> {
-    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let new = dir.join(format!(".{name}.{}.new", std::process::id()));
-    let write = || {
-        let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        std::fs::rename(&new, path)?;
-        std::fs::File::open(dir)?.sync_all()
-    };
-    write().inspect_err(|_| {
-        // What is left of the attempt holds a secret.
-        let _ = std::fs::remove_file(&new);
-    })
 }

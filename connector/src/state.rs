@@ -3,13 +3,14 @@
 //! Invariants: the directory is 0700 and its files 0600; a file is replaced whole, after it was synced.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
 use rustix::fs::{FlockOperation, flock};
 use selvedge_proto::identity::{Anchors, SpiffeId};
+use selvedge_proto::private_file;
 use selvedge_proto::tls::{self, Identity};
 use serde::{Deserialize, Serialize};
 
@@ -170,22 +171,9 @@ pub fn prepare_dir(dir: &Path) -> Result<(), Error> {
 
 /// Writes a file that only its owner may read.
 ///
-/// **Durability**: synced beside `path`, then renamed over it; the directory is synced too.
+/// **Durability**: as [`private_file::replace`].
 pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> Result<(), Error> {
-    let error = |source| file_error(path, source);
-    let beside = path.with_extension("new");
-    match fs::remove_file(&beside) {
-        Err(gone) if gone.kind() == io::ErrorKind::NotFound => {}
-        other => other.map_err(error)?,
-    }
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside).map_err(error)?;
-    file.write_all(bytes).map_err(error)?;
-    file.sync_all().map_err(error)?;
-    fs::rename(&beside, path).map_err(error)?;
-    match path.parent() {
-        Some(dir) => File::open(dir).and_then(|dir| dir.sync_all()).map_err(error),
-        None => Ok(()),
-    }
+    private_file::replace(path, bytes).map_err(|source| file_error(path, source))
 }
 
 /// The right to use a state directory, held as long as this lives. Two processes with one identity would replace
@@ -255,16 +243,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_directory_is_its_owners_alone_and_so_are_its_files() {
+    fn the_directory_is_its_owners_alone() {
         let temp = tempfile::tempdir().unwrap();
         let dir = temp.path().join("a/b");
         prepare_dir(&dir).unwrap();
         assert_eq!(fs::metadata(&dir).unwrap().permissions().mode() & 0o777, 0o700);
-        let file = dir.join("x.json");
-        write_private(&file, b"1").unwrap();
-        write_private(&file, b"2").unwrap();
-        assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
-        assert_eq!(fs::read(&file).unwrap(), b"2");
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o750)).unwrap();
         assert!(matches!(prepare_dir(&dir), Err(Error::Exposed { mode: 0o750, .. })));
     }

@@ -7,6 +7,7 @@ pub mod frame;
 pub mod grant;
 pub mod hello;
 pub mod identity;
+pub mod private_file;
 pub mod tls;
 
 pub use generated::selvedge::control::v1 as control;

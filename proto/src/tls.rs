@@ -1,7 +1,7 @@
 //! The TLS configurations of every listener and of everything that dials one.
 //!
 //! **Invariant:** TLS 1.3 only, one crypto provider, X25519MLKEM768 offered first, no early data;
-//! sessions of mutual configurations are never resumed, so each connection proves its keys.
+//! sessions are never resumed, so each connection proves its keys anew.
 //! **Invariant:** a mutual configuration accepts the kinds that its endpoint serves and no others
 //! ([`crate::identity`]); DNS names decide nothing there.
 //!
@@ -210,6 +210,7 @@ pub fn web_server(identity: &Identity) -> Result<ServerConfig, Error> {
         .with_no_client_auth()
         .with_cert_resolver(identity.resolver());
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    never_resume(&mut config);
     Ok(config)
 }
 
@@ -255,10 +256,14 @@ fn mutual_server(
         .with_client_cert_verifier(Arc::new(verifier))
         .with_cert_resolver(identity.resolver());
     config.alpn_protocols = alpn;
+    never_resume(&mut config);
+    Ok(config)
+}
+
+fn never_resume(config: &mut ServerConfig) {
     config.send_tls13_tickets = 0;
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.max_early_data_size = 0;
-    Ok(config)
 }
 
 fn mutual_client(

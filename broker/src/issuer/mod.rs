@@ -23,7 +23,7 @@ use rcgen::{KeyPair, PublicKeyData, SanType};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use selvedge_proto::identity::{self, Anchors, Kind, Role, SpiffeId};
-use selvedge_proto::tls;
+use selvedge_proto::{private_file, tls};
 use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize, Zeroizing};
 
@@ -348,7 +348,8 @@ impl Issuer {
         seal::make_private_dir(dir)?;
         let key = seal.key_or_new()?;
         let sealed = seal::seal(&key, ON_DISK, &self.bundle.serialize()?)?;
-        seal::write_new_private(&dir.join(FILE_NAME), &sealed)
+        let path = dir.join(FILE_NAME);
+        private_file::create(&path, &sealed).map_err(|source| seal::file_error(&path, source))
     }
 }
 

@@ -1,11 +1,12 @@
 use std::env;
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::fs::{DirBuilder, File};
+use std::io::{self, Read};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 use aws_lc_rs::rand;
+use selvedge_proto::private_file;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
@@ -50,7 +51,7 @@ impl Seal {
                 if let Some(parent) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
                     make_private_dir(parent)?;
                 }
-                write_new_private(path, key.as_slice())?;
+                private_file::create(path, key.as_slice()).map_err(|source| file_error(path, source))?;
                 Ok(key)
             }
             _ => self.key(),
@@ -108,32 +109,6 @@ pub(super) fn read_bounded(path: &Path) -> Result<Zeroizing<Vec<u8>>, Error> {
 
 pub(super) fn make_private_dir(path: &Path) -> Result<(), Error> {
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|source| file_error(path, source))
-}
-
-/// Writes a file that is whole or not there, and never replaces one.
-pub(super) fn write_new_private(path: &Path, bytes: &[u8]) -> Result<(), Error> {
-    let write = || -> io::Result<()> {
-        let directory = match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        let mut beside = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
-        beside.push(".new");
-        let beside = directory.join(beside);
-        match fs::remove_file(&beside) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        // A link fails where a rename would replace.
-        let linked = fs::hard_link(&beside, path);
-        fs::remove_file(&beside)?;
-        linked?;
-        File::open(directory)?.sync_all()
-    };
-    write().map_err(|source| file_error(path, source))
 }
 
 pub(super) fn file_error(path: &Path, source: io::Error) -> Error {

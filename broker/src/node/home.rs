@@ -1,8 +1,9 @@
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use selvedge_domain::command::InitCluster;
 use selvedge_domain::limits::{HOLD_MS_DEFAULT, LEASE_MS_DEFAULT};
 use selvedge_proto::identity::{Anchors, Kind, SpiffeId};
+use selvedge_proto::private_file;
 use selvedge_proto::tls::{self, Identity};
 use selvedge_storage::DataDir;
 use serde::{Deserialize, Serialize};
@@ -83,9 +84,7 @@ impl Home {
         let path = path(config);
         let text =
             serde_json::to_string_pretty(self).map_err(|error| Error::Damaged(path.clone(), error.to_string()))?;
-        let new = path.with_extension("new");
-        write_synced(&new, text.as_bytes())?;
-        std::fs::rename(&new, &path).map_err(|source| Error::file(&path, source))
+        private_file::replace(&path, text.as_bytes()).map_err(|source| Error::file(&path, source))
     }
 }
 
@@ -191,7 +190,7 @@ pub fn join_request(config: &Valid) -> Result<JoinRequest, Error> {
         Ok(key) => zeroize::Zeroizing::new(key),
         Err(_) => {
             let (key, _) = tls::new_key_and_csr()?;
-            write_synced(&key_path, key.as_bytes())?;
+            private_file::replace(&key_path, key.as_bytes()).map_err(|source| Error::file(&key_path, source))?;
             key
         }
     };
@@ -232,17 +231,6 @@ fn make_node_dir(config: &Config) -> Result<(), Error> {
     use std::os::unix::fs::DirBuilderExt as _;
     let dir = config.node_dir();
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(|source| Error::file(&dir, source))
-}
-
-fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), Error> {
-    use std::io::Write as _;
-    use std::os::unix::fs::OpenOptionsExt as _;
-    let write = || {
-        let mut file = std::fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(path)?;
-        file.write_all(bytes)?;
-        file.sync_all()
-    };
-    write().map_err(|source| Error::file(path, source))
 }
 
 /// Random bytes from the cryptographic provider.

@@ -10,11 +10,12 @@ use reqwest::Method;
 use selvedge_broker::config::Config;
 use selvedge_broker::node::{self, InitOptions, JoinReply, Seed};
 use selvedge_connector::enrol::{self, Secret};
+use selvedge_proto::private_file;
 use serde_json::{Value, json};
 
 use crate::api::{Client, Wait};
 use crate::args::Global;
-use crate::{context, duration, output};
+use crate::{duration, output};
 
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
@@ -174,7 +175,7 @@ fn make(init: Init) -> anyhow::Result<ExitCode> {
     let made = node::init(&config, &options)?;
     let shown = match &init.root_key_out {
         Some(path) => {
-            if let Err(error) = context::write_private(path, made.root_key.reveal()) {
+            if let Err(error) = private_file::create(path, made.root_key.reveal().as_bytes()) {
                 // The key exists nowhere else.
                 output::line(made.root_key.reveal())?;
                 return Err(error)

@@ -1,7 +1,7 @@
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -13,6 +13,7 @@ use zeroize::Zeroizing;
 
 use super::{Error, provider};
 use crate::identity::{self, Peer};
+use crate::private_file;
 
 /// Bytes of the longest identity file that is read.
 const IDENTITY_FILE_BYTES_MAX: u64 = 256 * 1024;
@@ -82,11 +83,10 @@ impl Identity {
 
     /// Writes chain and key as one PEM file that only its owner may read.
     ///
-    /// **Durability**: written beside `path`, synced, then renamed over it; either the old file or
-    /// the new one is there after a crash.
+    /// **Durability**: as [`private_file::replace`].
     /// **Errors**: [`Error::File`].
     pub fn save(&self, path: &Path) -> Result<(), Error> {
-        write_private(path, self.to_pem().as_bytes()).map_err(|source| file_error(path, source))
+        private_file::replace(path, self.to_pem().as_bytes()).map_err(|source| file_error(path, source))
     }
 
     /// Chain, leaf first, then the key, as PEM.
@@ -171,27 +171,6 @@ fn read_bounded(file: File, path: &Path) -> Result<Zeroizing<String>, Error> {
         return Err(Error::Pem("the file is larger than 256 KiB"));
     }
     Ok(text)
-}
-
-fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let mut beside = name.to_owned();
-    beside.push(".new");
-    let beside = directory.join(beside);
-    // A leftover of a crash may have another mode or be a link.
-    match fs::remove_file(&beside) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&beside, path)?;
-    File::open(directory)?.sync_all()
 }
 
 fn file_error(path: &Path, source: io::Error) -> Error {

@@ -289,3 +289,23 @@ fn a_retried_request_is_for_the_same_key() {
     let parse = |der: &[u8]| rcgen::CertificateSigningRequestParams::from_der(&der.into()).unwrap().public_key;
     assert_eq!(parse(&request), parse(&again));
 }
+
+#[test]
+fn a_web_listener_resumes_no_session() {
+    let house = House::new();
+    let identity = house.member(Kind::Broker);
+    // A client that keeps what it is given for another time, as browsers do.
+    let mut client = pinned_web_client(house.anchors.pin(), &now()).unwrap();
+    client.resumption = Resumption::in_memory_sessions(8);
+    let second = |server: &ServerConfig| {
+        handshake(client.clone(), server.clone()).unwrap();
+        handshake(client.clone(), server.clone()).unwrap().1.handshake_kind()
+    };
+    let ours = web_server(&followed_by(&identity, house.anchors.certificate(Role::Brokers))).unwrap();
+    assert_eq!(second(&ours), Some(HandshakeKind::Full));
+    // The same client resumes with a server that lets it.
+    let mut willing = ours;
+    willing.send_tls13_tickets = 2;
+    willing.session_storage = rustls::server::ServerSessionMemoryCache::new(8);
+    assert_eq!(second(&willing), Some(HandshakeKind::Resumed));
+}
