@@ -41,6 +41,11 @@ impl DataDir {
     /// **Errors:** [`Error::Locked`] when another process uses it; [`Error::IdentityMissing`] when it holds data
     /// without an identity.
     pub fn open(path: &Path) -> Result<DataDir, Error> {
+        DataDir::open_as(path, || rand::random_range(1..=u64::MAX))
+    }
+
+    /// [`DataDir::open`] with another source of a new directory's node id, which must not be 0. For simulations.
+    pub fn open_as(path: &Path, new_node_id: impl FnOnce() -> u64) -> Result<DataDir, Error> {
         make_private(path)?;
         let lock = lock(path)?;
         let (node_id, cluster_id) = match read_small(&path.join(NODE_FILE))? {
@@ -49,7 +54,7 @@ impl DataDir {
                 return Err(Error::IdentityMissing { path: path.to_owned(), file: NODE_FILE });
             }
             None => {
-                let node_id = rand::random_range(1..=u64::MAX);
+                let node_id = new_node_id();
                 replace(path, NODE_FILE, &identity(node_id, None))?;
                 (node_id, None)
             }

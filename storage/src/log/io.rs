@@ -1,12 +1,15 @@
 //! The queue of requests, the memory that is ahead of the disk, and the thread between them.
 
-use std::{collections::VecDeque, ops::ControlFlow, ops::Range, sync::Arc, time::Instant};
+use std::{collections::VecDeque, ops::ControlFlow, ops::Range, sync::Arc};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
+// Follows a simulation's time; outside of one it is the system's.
+use tokio::{sync::Notify, time::Instant};
 
 use super::{
     BATCH_BYTES_MAX, Bounds, CACHE_BYTES_MAX, Done, LogId, QUEUE_BYTES_MAX, QUEUE_REQUESTS_MAX, Record, Vote, codec,
-    open::{COMMITTED, Found, PURGED, SUSPECT, VOTE},
+    open::{COMMITTED, Found, NOTE, PURGED, SUSPECT, VOTE},
+    sizes::Sizes,
     tail::Tail,
 };
 use crate::{
@@ -19,6 +22,7 @@ pub(super) enum Op {
     Append(Vec<Record>),
     Vote(Vote),
     Committed(Option<LogId>),
+    Note(Vec<u8>),
     Truncate(u64),
     Purge(LogId),
     ClearSuspect,
@@ -28,6 +32,7 @@ impl Op {
     fn size_bytes(&self) -> usize {
         match self {
             Op::Append(records) => records.iter().map(Record::size_bytes).sum(),
+            Op::Note(note) => note.len(),
             _ => codec::HEADER_BYTES,
         }
     }
@@ -43,9 +48,12 @@ struct Request {
 
 pub(super) struct Shared {
     engine: Arc<dyn Engine>,
-    inline: bool,
+    /// No thread of its own writes: whoever holds the driver does.
+    driven: bool,
     pub(super) inner: Mutex<Inner>,
     work: Condvar,
+    /// The same for a driver.
+    wanted: Notify,
     room: Condvar,
 }
 
@@ -57,6 +65,7 @@ pub(super) struct Inner {
     writing_since: Option<Instant>,
     requests: u64,
     tail: Tail,
+    pub(super) sizes: Sizes,
     /// Raised by each truncation, so that a reader notices one that overtook it.
     truncations: u64,
     closing: bool,
@@ -66,6 +75,7 @@ pub(super) struct Inner {
     pub(super) vote: Option<Vote>,
     pub(super) committed: Option<LogId>,
     pub(super) suspect: Option<u64>,
+    pub(super) note: Option<Vec<u8>>,
     pub(super) failed: Option<Error>,
 }
 
@@ -75,25 +85,44 @@ impl Inner {
         let Some(last) = self.bounds.last else { return (0, 0) };
         (range.start.max(self.begin), range.end.min(last.index.saturating_add(1)))
     }
+
+    fn has_room(&self, size_bytes: usize) -> bool {
+        let fits = self.queue_bytes + size_bytes <= QUEUE_BYTES_MAX || self.queue.is_empty();
+        fits && self.queue.len() < QUEUE_REQUESTS_MAX
+    }
 }
 
 impl Shared {
-    pub(super) fn new(engine: Arc<dyn Engine>, found: Found, inline: bool) -> Shared {
+    pub(super) fn new(engine: Arc<dyn Engine>, found: Found, driven: bool) -> Shared {
         let inner = Inner {
             begin: found.begin,
             bounds: found.bounds,
             vote: found.vote,
             committed: found.committed,
             suspect: found.suspect,
+            note: found.note,
+            sizes: found.sizes,
             ..Inner::default()
         };
-        Shared { engine, inline, inner: Mutex::new(inner), work: Condvar::new(), room: Condvar::new() }
+        Shared {
+            engine,
+            driven,
+            inner: Mutex::new(inner),
+            work: Condvar::new(),
+            wanted: Notify::new(),
+            room: Condvar::new(),
+        }
     }
 
     /// Changes the memory and queues the write, in one step, so that both see the same order.
     pub(super) fn submit(&self, mut op: Op, done: Option<Done>) {
         let size_bytes = op.size_bytes();
         let mut inner = self.inner.lock();
+        if self.driven && !inner.has_room(size_bytes) {
+            drop(inner);
+            self.write_waiting();
+            inner = self.inner.lock();
+        }
         if matches!(op, Op::Purge(id) if inner.bounds.last_purged.is_some_and(|purged| purged.index >= id.index)) {
             // Already done; an empty request keeps its place in the order.
             op = Op::Append(Vec::new());
@@ -114,20 +143,39 @@ impl Shared {
         inner.queue.push_back(Request { number, op, size_bytes, done, since: Instant::now() });
         metrics::gauge!(LOG_QUEUE_REQUESTS).set(inner.queue.len() as f64);
         drop(inner);
-        if self.inline {
-            loop {
-                let batch = self.take(&mut self.inner.lock());
-                let Some(batch) = batch else { return };
-                self.commit(batch);
-            }
+        if self.driven {
+            self.wanted.notify_one();
         } else {
             self.work.notify_one();
+        }
+    }
+
+    /// Writes all that waits.
+    pub(super) fn write_waiting(&self) {
+        loop {
+            let batch = self.take(&mut self.inner.lock());
+            let Some(batch) = batch else { return };
+            self.commit(batch);
+        }
+    }
+
+    /// Waits until something is to be written; whether there will be more.
+    pub(super) async fn wanted(&self) -> bool {
+        loop {
+            {
+                let inner = self.inner.lock();
+                if !inner.queue.is_empty() || inner.closing {
+                    return !inner.closing;
+                }
+            }
+            self.wanted.notified().await;
         }
     }
 
     pub(super) fn close(&self) {
         self.inner.lock().closing = true;
         self.work.notify_all();
+        self.wanted.notify_one();
         self.room.notify_all();
     }
 
@@ -229,8 +277,7 @@ impl Shared {
             if inner.closing {
                 return Err(Error::Closed);
             }
-            let fits = inner.queue_bytes + size_bytes <= QUEUE_BYTES_MAX || inner.queue.is_empty();
-            if fits && inner.queue.len() < QUEUE_REQUESTS_MAX {
+            if inner.has_room(size_bytes) {
                 return Ok(());
             }
             if !counted {
@@ -255,7 +302,7 @@ impl Shared {
                 }
             }
             Op::Truncate(from) => self.truncate(inner, *from)?,
-            Op::Purge(_) | Op::Vote(_) | Op::Committed(_) | Op::ClearSuspect => {}
+            Op::Purge(_) | Op::Vote(_) | Op::Committed(_) | Op::Note(_) | Op::ClearSuspect => {}
         }
         inner.requests += 1;
         let number = inner.requests;
@@ -266,13 +313,16 @@ impl Shared {
                 }
                 for record in records {
                     inner.bounds.last = Some(record.id);
+                    inner.sizes.push(record.id.index, record.size_bytes());
                     inner.tail.push(number, record.clone());
                 }
             }
             Op::Vote(vote) => inner.vote = Some(*vote),
             Op::Committed(id) => inner.committed = *id,
+            Op::Note(note) => inner.note = Some(note.clone()),
             Op::Purge(id) => {
                 inner.tail.purge_upto(id.index);
+                inner.sizes.purge_upto(id.index);
                 inner.bounds.last_purged = Some(*id);
                 inner.begin = id.index.saturating_add(1);
                 inner.bounds.last = inner.bounds.last.filter(|last| last.index > id.index).or(inner.bounds.last_purged);
@@ -301,6 +351,7 @@ impl Shared {
             Some(Some(codec::decode(from - 1, &value).map_err(damaged)?.id))
         };
         inner.tail.truncate_from(from);
+        inner.sizes.truncate_from(from);
         inner.truncations += 1;
         inner.bounds.last = kept.unwrap_or_else(|| inner.tail.last().map(|record| record.id).or(Some(last)));
         Ok(())
@@ -326,7 +377,7 @@ impl Shared {
         let mut batch = WriteBatch::new();
         let mut sync = false;
         for request in &requests {
-            sync |= !matches!(request.op, Op::Committed(_));
+            sync |= !matches!(request.op, Op::Committed(_) | Op::Note(_));
             stage(&request.op, &mut batch);
         }
         metrics::histogram!(LOG_BATCH_REQUESTS).record(requests.len() as f64);
@@ -376,6 +427,7 @@ fn stage(op: &Op, batch: &mut WriteBatch) {
         }
         Op::Vote(vote) => batch.put(Space::LogMeta, VOTE, codec::encode_meta(*vote)),
         Op::Committed(Some(id)) => batch.put(Space::LogMeta, COMMITTED, codec::encode_meta(*id)),
+        Op::Note(note) => batch.put(Space::LogMeta, NOTE, codec::encode_meta(note)),
         Op::Committed(None) => batch.delete(Space::LogMeta, COMMITTED),
         Op::Truncate(from) => batch.delete_range(Space::Log, codec::key(*from), END),
         Op::Purge(id) => {

@@ -1,7 +1,7 @@
 //! The Raft log: records by index, the vote, and what is committed and purged.
 //!
-//! One OS thread owns the engine's writes: it takes all that waits, in order, writes it as one synced batch, and then
-//! calls back. A vote is therefore durable before the records of its term.
+//! One OS thread (or a [`Driver`]) owns the engine's writes: it takes all that waits, in order, writes it as one synced
+//! batch, and then calls back. A vote is therefore durable before the records of its term.
 //!
 //! **Invariant:** a record is readable before [`Log::append`] returns, and reported durable only after the sync.
 //! **Invariant:** after a failed write nothing is reported durable any more; the process must be restarted.
@@ -11,6 +11,7 @@
 mod codec;
 mod io;
 mod open;
+mod sizes;
 mod tail;
 #[cfg(test)]
 mod tests;
@@ -102,7 +103,7 @@ pub struct Bounds {
 /// Called on the log's thread once a request is durable or has failed. It must not block and not call the log.
 pub type Done = Box<dyn FnOnce(Result<(), Error>) + Send>;
 
-/// The log. Clones share it; the last one to go waits until all requests are written.
+/// The log. Clones share it; the last one to go waits until all requests are written, unless a [`Driver`] writes them.
 #[derive(Clone)]
 pub struct Log {
     owner: Arc<Owner>,
@@ -127,10 +128,12 @@ impl Log {
         Ok(Log { owner: Arc::new(Owner { shared, thread: Mutex::new(Some(thread)) }) })
     }
 
-    /// Opens the log without a thread: each request is written before its call returns. For deterministic simulation.
-    pub fn open_inline(engine: Arc<dyn Engine>) -> Result<Log, Error> {
+    /// Opens the log without a thread: its writes are made by whoever holds the [`Driver`]. For simulations, in which
+    /// nothing may happen beside their one thread and their time.
+    pub fn open_driven(engine: Arc<dyn Engine>) -> Result<(Log, Driver), Error> {
         let shared = Arc::new(Shared::new(engine.clone(), open::recover(&*engine)?, true));
-        Ok(Log { owner: Arc::new(Owner { shared, thread: Mutex::new(None) }) })
+        let driver = Driver { shared: shared.clone() };
+        Ok((Log { owner: Arc::new(Owner { shared, thread: Mutex::new(None) }) }, driver))
     }
 
     /// Adds records, which must continue the log. They can be read when this returns and are durable at `done`.
@@ -148,6 +151,12 @@ impl Log {
     /// Notes what is known to be committed. **Durability:** none; a crash may bring an older one back.
     pub fn save_committed(&self, id: Option<LogId>) {
         self.owner.shared.submit(Op::Committed(id), None);
+    }
+
+    /// Keeps a few bytes of the caller's beside the records, in place of those before. **Durability:** with whatever is
+    /// synced next; a crash may bring older ones back.
+    pub fn save_note(&self, note: Vec<u8>) {
+        self.owner.shared.submit(Op::Note(note), None);
     }
 
     /// Removes the records from `index` on.
@@ -191,6 +200,22 @@ impl Log {
         inner.committed.filter(|id| inner.bounds.last.is_some_and(|last| id.index <= last.index))
     }
 
+    /// What [`Log::save_note`] kept.
+    pub fn note(&self) -> Option<Vec<u8>> {
+        self.owner.shared.inner.lock().note.clone()
+    }
+
+    /// Bytes of records that were found at the start or appended since.
+    pub fn written_bytes(&self) -> u64 {
+        self.owner.shared.inner.lock().sizes.written_bytes()
+    }
+
+    /// The highest index that has at least so many bytes of records behind it, to the mebibyte; none when the log is
+    /// shorter.
+    pub fn index_behind(&self, bytes: u64) -> Option<u64> {
+        self.owner.shared.inner.lock().sizes.index_behind(bytes)
+    }
+
     /// The last index of a damaged end that was dropped at this or an earlier start.
     ///
     /// This node may have acknowledged what it no longer has: it must neither vote nor stand until a leader has
@@ -207,6 +232,24 @@ impl Log {
     /// How long the oldest request has been waiting to be durable; 0 when none waits. For the watchdog.
     pub fn oldest_unsynced_ms(&self) -> u64 {
         self.owner.shared.oldest_unsynced_ms()
+    }
+}
+
+/// Makes the writes of a log that was opened without a thread.
+pub struct Driver {
+    shared: Arc<Shared>,
+}
+
+impl Driver {
+    /// Waits until something is to be written. Answers whether the log is still in use; what was queued before it went
+    /// out of use may still wait.
+    pub async fn wanted(&self) -> bool {
+        self.shared.wanted().await
+    }
+
+    /// Writes and syncs all that waits, and calls back.
+    pub fn write_waiting(&self) {
+        self.shared.write_waiting();
     }
 }
 

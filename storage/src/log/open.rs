@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use super::{Bounds, LogId, Vote, codec};
+use super::{Bounds, LogId, Vote, codec, sizes::Sizes};
 use crate::{
     Error,
     engine::{END, Engine, Space, WriteBatch},
@@ -12,6 +12,7 @@ pub(super) const VOTE: &[u8] = b"vote";
 pub(super) const COMMITTED: &[u8] = b"committed";
 pub(super) const PURGED: &[u8] = b"purged";
 pub(super) const SUSPECT: &[u8] = b"suspect";
+pub(super) const NOTE: &[u8] = b"note";
 
 /// What a log holds beside its records.
 #[derive(Debug, Default)]
@@ -22,6 +23,8 @@ pub(super) struct Found {
     pub(super) vote: Option<Vote>,
     pub(super) committed: Option<LogId>,
     pub(super) suspect: Option<u64>,
+    pub(super) note: Option<Vec<u8>>,
+    pub(super) sizes: Sizes,
 }
 
 pub(super) fn recover(engine: &dyn Engine) -> Result<Found, Error> {
@@ -31,10 +34,13 @@ pub(super) fn recover(engine: &dyn Engine) -> Result<Found, Error> {
         vote: meta(engine, VOTE, "vote")?,
         committed: meta(engine, COMMITTED, "committed")?,
         suspect: meta(engine, SUSPECT, "suspect")?,
+        note: meta(engine, NOTE, "note")?,
+        sizes: Sizes::default(),
     };
     found.bounds.last_purged = meta(engine, PURGED, "purged")?;
     let scan = Scan::run(engine, found.bounds.last_purged)?;
     found.bounds.last = scan.last;
+    found.sizes = scan.sizes;
     found.begin = found.bounds.last_purged.map(|id| id.index + 1).or(scan.first).unwrap_or(0);
     if let Some(bad) = scan.bad {
         let end = found.suspect.map_or(bad.last, |end| end.max(bad.last));
@@ -59,6 +65,7 @@ struct Scan {
     last: Option<LogId>,
     bad: Option<Bad>,
     refused: Option<Error>,
+    sizes: Sizes,
 }
 
 /// Records that cannot be read.
@@ -70,7 +77,7 @@ struct Bad {
 
 impl Scan {
     fn run(engine: &dyn Engine, purged: Option<LogId>) -> Result<Scan, Error> {
-        let mut scan = Scan { first: None, last: purged, bad: None, refused: None };
+        let mut scan = Scan { first: None, last: purged, bad: None, refused: None, sizes: Sizes::default() };
         let from = purged.map_or(0, |id| id.index + 1);
         let walked = engine.iterate(Space::Log, &codec::key(from), None, &mut |key, value| scan.visit(key, value));
         if let Some(refused) = scan.refused.take() {
@@ -110,6 +117,7 @@ impl Scan {
             }
             Ok(record) => {
                 self.first.get_or_insert(index);
+                self.sizes.push(index, record.size_bytes());
                 self.last = Some(record.id);
                 ControlFlow::Continue(())
             }

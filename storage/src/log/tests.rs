@@ -221,15 +221,30 @@ fn a_damaged_vote_is_refused() {
 }
 
 #[test]
-fn an_inline_log_is_durable_when_the_call_returns() {
+fn a_driven_log_writes_when_its_driver_does_and_not_before() {
     let disk = Disk::new();
-    let log = Log::open_inline(Arc::new(disk.open().expect("free"))).expect("opens");
-    append(&log, records(1, 0..3)).expect("appends");
-    log.save_committed(Some(record(1, 1).id));
-    assert_eq!(disk.unsynced_batches(), 1);
+    let (log, driver) = Log::open_driven(Arc::new(disk.open().expect("free"))).expect("opens");
+    let (written, wait) = done();
+    log.append(records(1, 0..3), written);
+    assert_eq!(log.read(0..9).expect("reads").len(), 3, "readable before it is written");
+    driver.write_waiting();
+    wait().expect("durable");
+    log.append(records(1, 3..5), Box::new(|_| panic!("power was lost before the write")));
+    disk.cut_power(0);
+    drop((log, driver));
+    assert_eq!(indices(&open(&disk)), [0, 1, 2]);
+}
+
+#[test]
+fn a_driven_log_whose_queue_is_full_writes_at_once() {
+    let disk = Disk::new();
+    let (log, _driver) = Log::open_driven(Arc::new(disk.open().expect("free"))).expect("opens");
+    for index in 0..=QUEUE_REQUESTS_MAX as u64 {
+        log.append(records(1, index..index + 1), Box::new(|_| {}));
+    }
     disk.cut_power(0);
     drop(log);
-    assert_eq!(indices(&open(&disk)), [0, 1, 2]);
+    assert_eq!(indices(&open(&disk)).len(), QUEUE_REQUESTS_MAX);
 }
 
 #[cfg(feature = "rocksdb")]
