@@ -7,14 +7,13 @@ use std::time::Duration;
 use futures::Stream;
 use parking_lot::Mutex;
 use selvedge_domain::command::InitCluster;
-use selvedge_domain::{Actor, Body, Id, State};
+use selvedge_domain::{Asker, Body, Envelope, Id, State};
 use selvedge_proto::peer as wire;
 use selvedge_proto::peer::change_request::Change;
 use selvedge_proto::peer::peer_client::PeerClient;
 use selvedge_proto::peer::peer_server::PeerServer;
 use selvedge_proto::peer::raft_server::RaftServer;
 use selvedge_storage::engine::{Engine, rocks::Rocks};
-use selvedge_storage::log::Log;
 use selvedge_storage::state::StateStore;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -29,15 +28,17 @@ use crate::enforce::{self, Enforced};
 use crate::error::{Error, Fatal, ProposeError};
 use crate::events::{self, Frame};
 use crate::leader::{self, QUEUE_COMMANDS_MAX};
-use crate::lease::Lease;
+use crate::lease::{Lease, surely_over_ms};
 use crate::log_store::LogStore;
 use crate::machine::Machine;
 use crate::network::{MESSAGE_BYTES_MAX, Network};
 use crate::propose::Done;
 use crate::published::{Published, ToEnforce};
+use crate::raft_types::seeded;
 use crate::service::{PeerService, RaftService};
-use crate::snapshot::{Snapshots, blocking};
+use crate::snapshot::Snapshots;
 use crate::status::{Status, status};
+use crate::transport::Listener;
 use crate::{housekeeping, listen, membership, metrics, read};
 
 const SNAPSHOT_DIR: &str = "snapshots";
@@ -59,7 +60,7 @@ impl Cluster {
     /// **Errors**: storage, the listener.
     pub async fn start(options: Options) -> Result<Self, Error> {
         let (log_path, state_path) = (options.dir.log_path(), options.dir.state_path());
-        let engines = blocking(move || Ok((Rocks::open_log(&log_path), Rocks::open_state(&state_path)))).await;
+        let engines = options.blocking.run(move || Ok((Rocks::open_log(&log_path), Rocks::open_state(&state_path)))).await;
         let (log, state) = engines.map_err(Error::State)?;
         Self::start_on(options, Arc::new(log?), Arc::new(state?)).await
     }
@@ -150,8 +151,8 @@ impl Cluster {
     ///
     /// **Errors**: see [`ProposeError`].
     /// **Cancel safety**: a dropped call may still be applied.
-    pub async fn propose(&self, actor: Actor, body: Body, idempotency: Option<[u8; 32]>) -> Result<Done, ProposeError> {
-        self.core.propose(actor, body, idempotency).await
+    pub async fn propose(&self, asker: Asker, body: Body, idempotency: Option<[u8; 32]>) -> Result<Done, ProposeError> {
+        self.core.propose(asker, body, idempotency).await
     }
 
     /// The state here and now, which may be behind.
@@ -185,6 +186,13 @@ impl Cluster {
         enforce::everywhere(&self.core, position, wait).await
     }
 
+    /// The events of the command after which the log stood at `position`, which this broker has applied.
+    ///
+    /// **Errors**: [`Error::Compacted`] when the journal does not hold them any more.
+    pub async fn events_of(&self, position: Id) -> Result<Vec<Envelope>, Error> {
+        events::of_command(&self.core, position).await
+    }
+
     /// Events from a sequence number on, then live, without end; bookmarks between them.
     pub fn events(&self, from_seq: u64) -> impl Stream<Item = Result<Frame, Error>> + Send + 'static {
         events::stream(self.core.clone(), from_seq)
@@ -193,6 +201,13 @@ impl Cluster {
     /// This broker's freshness lease.
     pub fn lease(&self) -> &Arc<Lease> {
         &self.core.lease
+    }
+
+    /// After so many milliseconds nobody acts any more on what this broker has said, until now, of what is left of its
+    /// lease, whatever their clock.
+    pub fn lease_told_over_ms(&self) -> u64 {
+        let lease_ms = self.core.longest_lease_ms();
+        self.core.lease.left_ms() + (surely_over_ms(lease_ms) - lease_ms)
     }
 
     /// Cluster time, milliseconds since the Unix epoch.
@@ -268,25 +283,28 @@ async fn start(
     runtime: tokio::runtime::Handle,
 ) -> Result<Cluster, Error> {
     let node = options.dir.node_id();
-    let log = blocking(move || Ok(Log::open(log))).await.map_err(Error::State)??;
-    let store = blocking(move || Ok(StateStore::open(state))).await.map_err(Error::State)??;
+    let blocking = options.blocking.clone();
+    let log = blocking.open_log(log).await.map_err(Error::State)??;
+    let store = blocking.run(move || Ok(StateStore::open(state))).await.map_err(Error::State)??;
     let (log, store) = (LogStore::new(log), Arc::new(store));
     let old_log_index = log.log().bounds().last.map_or(0, |last| last.index);
     let (published, to_enforce) = Published::new(options.clock.clone(), old_log_index);
     let snapshot_dir = options.dir.path().join(SNAPSHOT_DIR);
-    let machine = Machine::open(store.clone(), snapshot_dir, published.clone()).await.map_err(Error::State)?;
+    let machine = Machine::open(store.clone(), snapshot_dir, published.clone(), blocking.clone());
+    let machine = machine.await.map_err(Error::State)?;
     let snapshots = machine.snapshots();
 
     let dialer =
-        Dialer::new(&options.cluster_id, node, published.clone(), options.tls_client.clone(), options.dial.clone());
+        Dialer::new(&options.cluster_id, node, published.clone(), options.transport.clone(), options.dial.clone());
     for (seed, address) in &options.seeds {
         dialer.learn(*seed, address);
     }
     let config = options.preset.raft(&hex::encode(options.cluster_id)).validate();
     let config = Arc::new(config.map_err(|error| Error::Raft(error.to_string()))?);
     let append_timeout = Duration::from_millis(options.preset.election_ms().1);
-    let network = Network { dialer: dialer.clone(), append_timeout };
-    let raft = openraft::Raft::new(node, config, network, log.clone(), machine).await;
+    let network = Network { dialer: dialer.clone(), append_timeout, blocking: blocking.clone() };
+    let seed = options.seed.unwrap_or_else(rand::random);
+    let raft = seeded(seed, openraft::Raft::new(node, config, network, log.clone(), machine)).await;
     let raft = raft.map_err(|error| Error::Raft(error.to_string()))?;
     if log.log().suspect().is_some() {
         raft.runtime_config().elect(false);
@@ -300,6 +318,7 @@ async fn start(
         cluster_id: options.cluster_id,
         limits: options.log_limits,
         clock: options.clock.clone(),
+        blocking,
         raft,
         log,
         store,
@@ -307,6 +326,7 @@ async fn start(
         published,
         lease: Arc::new(Lease::new(options.clock.clone())),
         enforced: watch::Sender::default(),
+        confirmed: watch::Sender::default(),
         reports: Mutex::default(),
         reported: watch::Sender::new(0),
         holders: Mutex::default(),
@@ -321,19 +341,19 @@ async fn start(
         tasks: TaskTracker::new(),
         _dir: Some(options.dir.clone()),
     });
-    spawn(&core, options, snapshots, to_enforce, queued)?;
+    let listener = options.transport.listen().await.map_err(Error::Socket)?;
+    spawn(&core, options, listener, snapshots, to_enforce, queued);
     Ok(Cluster { core, runtime })
 }
 
 fn spawn(
     core: &Arc<Core>,
     options: Options,
+    listener: Box<dyn Listener>,
     snapshots: Snapshots,
     to_enforce: mpsc::Receiver<ToEnforce>,
     queued: mpsc::Receiver<leader::Pending>,
-) -> Result<(), Error> {
-    options.listener.set_nonblocking(true).map_err(Error::Socket)?;
-    let listener = tokio::net::TcpListener::from_std(options.listener).map_err(Error::Socket)?;
+) {
     let raft = RaftService { raft: core.raft.clone(), log: core.log.log().clone(), snapshots };
     let raft =
         RaftServer::new(raft).max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX);
@@ -347,7 +367,6 @@ fn spawn(
     tasks.spawn(async move {
         let server = listen::serve(
             listener,
-            options.tls_server,
             &serving.cluster_id,
             serving.published.clone(),
             routes,
@@ -373,5 +392,4 @@ fn spawn(
     tasks.spawn(housekeeping::watch(core.clone()));
     tasks.spawn(housekeeping::keep_connected(core.clone()));
     tasks.spawn(housekeeping::keep_log_short(core.clone()));
-    Ok(())
 }

@@ -9,7 +9,6 @@ use selvedge_storage::state::JournalRow;
 
 use crate::core::Core;
 use crate::error::Error;
-use crate::snapshot::blocking;
 
 /// Bytes of events in one frame; a single larger event has a frame of its own.
 pub const FRAME_BYTES_MAX: usize = 1 << 20;
@@ -47,6 +46,30 @@ struct Cursor {
     between_commands: bool,
     bookmarked: Option<Id>,
     ended: bool,
+}
+
+/// The events of the command that ends at a position.
+pub(crate) async fn of_command(core: &Core, position: Id) -> Result<Vec<Envelope>, Error> {
+    let store = core.store.clone();
+    let read = move || {
+        let begin = store.journal_bounds()?.compacted + 1;
+        let mut span = 64;
+        loop {
+            let from_seq = position.seq.saturating_sub(span).max(begin);
+            let mut rows = store.journal(from_seq, usize::MAX)?;
+            rows.retain(|row| row.seq <= position.seq);
+            let mut events = Vec::with_capacity(rows.len());
+            for row in rows {
+                events.push(Envelope::decode(&*row.bytes).map_err(|_| Error::Journal { seq: row.seq })?);
+            }
+            let before = events.iter().rposition(|event: &Envelope| event.last && event.id != Some(position));
+            if before.is_some() || from_seq == begin {
+                return Ok(events.split_off(before.map_or(0, |at| at + 1)));
+            }
+            span *= 8;
+        }
+    };
+    core.blocking.run(move || Ok(read())).await.map_err(Error::State)?
 }
 
 /// Events from a sequence number on, then live, without end.
@@ -105,7 +128,8 @@ impl Cursor {
     /// Reads on, up to an event that is published.
     async fn read(&mut self, upto_seq: u64) -> Result<(), Error> {
         let (store, from_seq) = (self.core.store.clone(), self.next_seq);
-        let rows = blocking(move || Ok(store.journal(from_seq, READ_BYTES))).await.map_err(Error::State)?;
+        let read = move || Ok(store.journal(from_seq, READ_BYTES));
+        let rows = self.core.blocking.run(read).await.map_err(Error::State)?;
         let mut rows = rows.map_err(|error| match error {
             selvedge_storage::Error::Compacted { upto } => Error::Compacted { upto },
             other => Error::Storage(other),

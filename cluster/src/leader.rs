@@ -2,21 +2,22 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use openraft::errors::ClientWriteError;
 use openraft::impls::ProgressResponder;
 use prost::Message as _;
-use selvedge_domain::{Actor, Body, Command, Outcome};
+use selvedge_domain::{Actor, ActorKind, Body, Command, Credential, Outcome, Rejected, RejectedCode};
 use selvedge_proto::peer as wire;
 use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::time::Instant;
 use tonic::Request;
 
 use crate::core::Core;
 use crate::dial::Purpose;
 use crate::lease::surely_over_ms;
-use crate::metrics::{CLOCK_OFFSET_MS, ENTRY_COMMANDS, QUEUE_COMMANDS};
+use crate::metrics::{CLOCK_OFFSET_MS, CREDENTIALS_REFUSED_TOTAL, ENTRY_COMMANDS, QUEUE_COMMANDS};
 use crate::raft_types::Batch;
 
 /// Commands that may wait on the leader; further ones are answered busy.
@@ -35,6 +36,8 @@ pub const TICK_INTERVAL: Duration = Duration::from_secs(10);
 pub const CLOCK_OFFSET_MS_MAX: u64 = 30_000;
 /// Cluster time does not step forward by more within a boot.
 pub const TIME_STEP_MS_MAX: u64 = 3_600_000;
+/// A credential that is not known to this leader is looked up once more within.
+const VERIFY_WAIT: Duration = Duration::from_secs(2);
 const CLOCKS_INTERVAL: Duration = Duration::from_secs(2);
 const CLOCKS_TIMEOUT: Duration = Duration::from_secs(1);
 /// An older measurement of another clock does not count.
@@ -133,16 +136,41 @@ fn answer_all(answers: Vec<oneshot::Sender<Answer>>, with: impl Fn() -> Answer) 
 }
 
 impl Core {
-    /// Puts a command into this broker's queue, as its leader.
-    pub(crate) async fn enqueue(&self, command: Bytes) -> Answer {
+    /// Puts a command into this broker's queue, as its leader, once its actor has proven to be who it says.
+    pub(crate) async fn enqueue(&self, actor: &Actor, credential: Option<&Credential>, command: Bytes) -> Answer {
         if !self.leads() {
             return Answer::NotLeader(self.leader().filter(|leader| *leader != self.node));
+        }
+        match self.verify(actor, credential).await {
+            Ok(true) => {}
+            Ok(false) => {
+                ::metrics::counter!(CREDENTIALS_REFUSED_TOTAL).increment(1);
+                let message = "the credential is not known, was revoked, or is somebody else's";
+                return Answer::Outcome(Outcome::Refused(Rejected::new(RejectedCode::Unauthenticated, message)));
+            }
+            Err(answer) => return answer,
         }
         let (answer, answered) = oneshot::channel();
         match self.queue.try_send(Pending { command, answer }) {
             Ok(()) => answered.await.unwrap_or(Answer::Unknown),
             Err(_) => Answer::Busy,
         }
+    }
+}
+
+impl Core {
+    /// Whether a credential stands for this actor, in a state that holds everything committed before.
+    async fn verify(&self, actor: &Actor, credential: Option<&Credential>) -> Result<bool, Answer> {
+        if matches!(actor.kind, ActorKind::Broker | ActorKind::Bootstrap) {
+            return Ok(credential.is_none());
+        }
+        let Some(credential) = credential else { return Ok(false) };
+        if credential.actor(&self.published.state()).as_ref() == Some(actor) {
+            return Ok(true);
+        }
+        // One that leads since a moment ago may not have applied yet what made the credential.
+        let state = self.linearizable(VERIFY_WAIT).await.map_err(|_| Answer::NotLeader(None))?;
+        Ok(credential.actor(&state).as_ref() == Some(actor))
     }
 }
 
@@ -228,10 +256,10 @@ pub(crate) async fn keep_time(core: Arc<Core>) {
             (last_time_ms, moved) = (time_ms, Instant::now());
         } else if moved.elapsed() >= TICK_INTERVAL && core.published.state().cluster().is_some() {
             moved = Instant::now();
-            let command = Command { actor: Actor::BROKER, proposer: core.node, dedupe: None, body: Body::Tick };
+            let command = Command::new(Actor::BROKER, core.node, None, Body::Tick);
             let core = core.clone();
             core.tasks.clone().spawn(async move {
-                let answer = core.enqueue(command.encode().into()).await;
+                let answer = core.enqueue(&command.actor, None, command.encode().into()).await;
                 tracing::trace!(?answer, "tick");
             });
         }

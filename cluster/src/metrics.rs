@@ -2,6 +2,8 @@
 
 use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 
+/// Commands that this leader refused because their credential did not stand for their actor.
+pub const CREDENTIALS_REFUSED_TOTAL: &str = "selvedge_cluster_credentials_refused_total";
 /// Commands proposed on this broker, by `outcome` (`done`, `refused`, `unknown`, `busy`, `unavailable`).
 pub const PROPOSALS_TOTAL: &str = "selvedge_cluster_proposals_total";
 /// From proposal to answer.
@@ -35,6 +37,7 @@ pub const CLOCK_OFFSET_MS: &str = "selvedge_cluster_clock_offset_milliseconds";
 
 /// Describes them to the recorder.
 pub fn describe() {
+    describe_counter!(CREDENTIALS_REFUSED_TOTAL, "commands refused by this leader for a credential that is not their actor's");
     describe_counter!(PROPOSALS_TOTAL, "commands proposed on this broker, by outcome");
     describe_histogram!(PROPOSAL_SECONDS, Unit::Seconds, "from proposal to answer");
     describe_histogram!(ENTRY_COMMANDS, Unit::Count, "commands in one entry");

@@ -1,14 +1,15 @@
 //! Proposals from any broker: a session of its own with the log, so that a retry is applied once.
 
 use std::collections::BTreeSet;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use openraft::async_runtime::WatchReceiver as _;
 use parking_lot::Mutex;
 use selvedge_domain::command::Dedupe;
-use selvedge_domain::{Actor, Body, Command, Id, Outcome, Rejected, RejectedCode, limits};
+use selvedge_domain::{Actor, Asker, Body, Command, Credential, Id, Outcome, Rejected, RejectedCode, limits};
 use selvedge_proto::peer as wire;
+use tokio::time::Instant;
 use tonic::{Code, Request, Status};
 
 use crate::convert;
@@ -103,12 +104,12 @@ impl Core {
     /// Proposes a command; returns once this broker has applied it.
     pub(crate) async fn propose(
         &self,
-        actor: Actor,
+        asker: Asker,
         body: Body,
         idempotency: Option<[u8; 32]>,
     ) -> Result<Done, ProposeError> {
         let begun = Instant::now();
-        let result = self.propose_until(actor, body, idempotency, begun + PROPOSAL_TIMEOUT).await;
+        let result = self.propose_until(asker, body, idempotency, begun + PROPOSAL_TIMEOUT).await;
         let outcome = match &result {
             Ok(_) => "done",
             Err(ProposeError::Refused(_)) => "refused",
@@ -123,19 +124,19 @@ impl Core {
 
     async fn propose_until(
         &self,
-        actor: Actor,
+        asker: Asker,
         body: Body,
         idempotency: Option<[u8; 32]>,
         deadline: Instant,
     ) -> Result<Done, ProposeError> {
-        let mut command = Command { actor, proposer: self.node, dedupe: None, body };
+        let mut command = Command::new(asker.actor, self.node, None, body);
         let mut again = true;
         let outcome = loop {
             let client = self.client(deadline).await?;
             let slot = self.sessions.open(client).ok_or(ProposeError::Busy { retry_after_ms: BUSY_RETRY_AFTER_MS })?;
             let (seq, acked_below) = (slot.seq, slot.acked_below);
             command.dedupe = Some(Dedupe { client: slot.client, seq, acked_below, idempotency });
-            match self.submit(command.encode().into(), deadline).await? {
+            match self.submit(&command, asker.credential.as_ref(), deadline).await? {
                 Outcome::Refused(Rejected { code: RejectedCode::DedupeUnknown, .. }) if again => {
                     // The registration expired: nothing was applied under it.
                     self.sessions.forget(client);
@@ -153,8 +154,8 @@ impl Core {
     /// Proposes the first command of a cluster, for which nobody can be registered.
     pub(crate) async fn propose_first(&self, body: Body) -> Result<Done, ProposeError> {
         let deadline = Instant::now() + PROPOSAL_TIMEOUT;
-        let command = Command { actor: Actor::BOOTSTRAP, proposer: self.node, dedupe: None, body };
-        let outcome = self.submit(command.encode().into(), deadline).await?;
+        let command = Command::new(Actor::BOOTSTRAP, self.node, None, body);
+        let outcome = self.submit(&command, None, deadline).await?;
         self.settle(outcome, deadline).await
     }
 
@@ -162,7 +163,7 @@ impl Core {
     async fn settle(&self, outcome: Outcome, deadline: Instant) -> Result<Done, ProposeError> {
         match outcome {
             Outcome::Done { position, ids } => {
-                let applied = tokio::time::timeout_at(deadline.into(), self.wait_applied(position)).await;
+                let applied = tokio::time::timeout_at(deadline, self.wait_applied(position)).await;
                 if !matches!(applied, Ok(Ok(_))) {
                     tracing::warn!(%position, "a proposal is committed but not applied here yet");
                 }
@@ -182,9 +183,9 @@ impl Core {
             return Ok(client);
         }
         let body = Body::RegisterClient { boot: self.boot };
-        let command = Command { actor: Actor::BROKER, proposer: self.node, dedupe: None, body };
+        let command = Command::new(Actor::BROKER, self.node, None, body);
         // Registering the same boot twice answers the same client.
-        let registered = self.submit(command.encode().into(), deadline).await.map_err(|error| match error {
+        let registered = self.submit(&command, None, deadline).await.map_err(|error| match error {
             ProposeError::Unknown => ProposeError::Unavailable,
             other => other,
         })?;
@@ -198,9 +199,15 @@ impl Core {
         }
     }
 
-    /// Brings an encoded command to the leader until it is answered.
-    async fn submit(&self, command: Bytes, deadline: Instant) -> Result<Outcome, ProposeError> {
-        if command.len() > COMMAND_BYTES_MAX {
+    /// Brings a command to the leader until it is answered.
+    async fn submit(
+        &self,
+        command: &Command,
+        credential: Option<&Credential>,
+        deadline: Instant,
+    ) -> Result<Outcome, ProposeError> {
+        let bytes = Bytes::from(command.encode());
+        if bytes.len() > COMMAND_BYTES_MAX {
             let message = format!("a command has at most {COMMAND_BYTES_MAX} bytes");
             return Err(ProposeError::Refused(Rejected::new(RejectedCode::Limit, message)));
         }
@@ -217,10 +224,10 @@ impl Core {
             let answer = match leader {
                 None => Answer::NotLeader(None),
                 Some(leader) if leader == self.node => {
-                    let answer = self.enqueue(command.clone());
+                    let answer = self.enqueue(&command.actor, credential, bytes.clone());
                     tokio::time::timeout(left.min(ENQUEUED_TIMEOUT), answer).await.unwrap_or(Answer::Unknown)
                 }
-                Some(leader) => self.forward(leader, command.clone(), left.min(ATTEMPT_TIMEOUT)).await,
+                Some(leader) => self.forward(leader, bytes.clone(), credential, left.min(ATTEMPT_TIMEOUT)).await,
             };
             match answer {
                 Answer::Outcome(outcome) => return Ok(outcome),
@@ -256,8 +263,15 @@ impl Core {
         }
     }
 
-    async fn forward(&self, leader: u64, command: Bytes, timeout: Duration) -> Answer {
-        let mut request = Request::new(wire::ProposeRequest { command: command.to_vec() });
+    async fn forward(
+        &self,
+        leader: u64,
+        command: Bytes,
+        credential: Option<&Credential>,
+        timeout: Duration,
+    ) -> Answer {
+        let credential = credential.map(|credential| credential.reveal().to_owned()).unwrap_or_default();
+        let mut request = Request::new(wire::ProposeRequest { command: command.to_vec(), credential });
         request.set_timeout(timeout);
         let mut client = self.peer_client(leader, Purpose::Control);
         use wire::propose_reply::Result as Reply;

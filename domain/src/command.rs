@@ -5,10 +5,11 @@
 use serde::{Deserialize, Serialize};
 
 use crate::id::Id;
+use crate::rows::BrokerRole;
 use crate::spec;
 
 /// Version byte of an encoded command.
-pub const COMMAND_VERSION: u8 = 1;
+pub const COMMAND_VERSION: u8 = 2;
 
 /// A proposed change.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -17,6 +18,8 @@ pub struct Command {
     pub actor: Actor,
     /// Node id of the broker that proposes it.
     pub proposer: u64,
+    /// What the change is about; always the body's.
+    pub class: Class,
     /// Makes a retry harmless.
     pub dedupe: Option<Dedupe>,
     /// What is asked.
@@ -24,6 +27,11 @@ pub struct Command {
 }
 
 impl Command {
+    /// A command of its body's class.
+    pub fn new(actor: Actor, proposer: u64, dedupe: Option<Dedupe>, body: Body) -> Self {
+        Self { actor, proposer, class: body.class(), dedupe, body }
+    }
+
     /// The stored bytes.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = vec![COMMAND_VERSION];
@@ -62,7 +70,7 @@ pub enum DecodeError {
 pub struct Actor {
     /// Kind.
     pub kind: ActorKind,
-    /// Token or directory; for brokers and bootstrap none.
+    /// Token, directory or enrolment secret; for brokers and bootstrap none.
     pub id: Option<Id>,
     /// Generation of the credential that was verified.
     pub generation: u64,
@@ -83,6 +91,11 @@ impl Actor {
     pub fn directory(id: Id, generation: u64) -> Self {
         Self { kind: ActorKind::Directory, id: Some(id), generation }
     }
+
+    /// An enrolment secret.
+    pub fn enrolment(id: Id) -> Self {
+        Self { kind: ActorKind::Enrolment, id: Some(id), generation: 0 }
+    }
 }
 
 /// Kinds of actors.
@@ -96,8 +109,21 @@ pub enum ActorKind {
     Directory,
     /// On the machine itself, at `cluster init`.
     Bootstrap,
-    /// An enrolment secret that the proposer verified by its hash.
+    /// An enrolment secret.
     Enrolment,
+}
+
+/// What a command is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Class {
+    /// Who may reach what.
+    Policy,
+    /// Who there is: people, groups, and what was enrolled.
+    Identity,
+    /// Tokens and enrolment secrets.
+    Secret,
+    /// The running of the cluster itself.
+    Operations,
 }
 
 /// Identifies a request of a registered client, so that it is applied once.
@@ -228,6 +254,56 @@ pub enum Body {
         /// Position.
         upto_seq: u64,
     },
+}
+
+impl Body {
+    /// What the change is about.
+    pub fn class(&self) -> Class {
+        match self {
+            Self::Apply(_) => Class::Policy,
+            Self::CreateUser(_)
+            | Self::ReplaceUser { .. }
+            | Self::DeleteUser { .. }
+            | Self::CreateGroup(_)
+            | Self::ChangeGroup(_)
+            | Self::DeleteGroup { .. }
+            | Self::Enrol(_)
+            | Self::CertificateIssued(_)
+            | Self::Revoke { .. } => Class::Identity,
+            Self::CreateToken { .. }
+            | Self::RevokeToken { .. }
+            | Self::PutDirectory { .. }
+            | Self::CreateEnrolKey(_)
+            | Self::RevokeEnrolKey { .. } => Class::Secret,
+            Self::InitCluster(_)
+            | Self::RaiseMinVersion { .. }
+            | Self::Tick
+            | Self::RegisterClient { .. }
+            | Self::PutBroker(_)
+            | Self::RemoveBroker { .. }
+            | Self::DrainBroker { .. }
+            | Self::PutSettings { .. }
+            | Self::Availability(_)
+            | Self::MoveCursors(_)
+            | Self::CompactJournal { .. } => Class::Operations,
+        }
+    }
+
+    /// The role that a broker needs to propose this; none when every broker may.
+    pub fn proposer_role(&self) -> Option<BrokerRole> {
+        match self {
+            Self::Enrol(_) | Self::CertificateIssued(_) => Some(BrokerRole::Issuer),
+            Self::Availability(_) => Some(BrokerRole::Edge),
+            // Administrators and directories are heard on `web` only.
+            Self::RaiseMinVersion { .. } | Self::RemoveBroker { .. } | Self::PutSettings { .. } => {
+                Some(BrokerRole::Web)
+            }
+            _ => match self.class() {
+                Class::Policy | Class::Identity | Class::Secret => Some(BrokerRole::Web),
+                Class::Operations => None,
+            },
+        }
+    }
 }
 
 /// The first command of a cluster.

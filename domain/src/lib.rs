@@ -7,6 +7,7 @@
 #![deny(clippy::iter_over_hash_type)]
 
 pub mod command;
+pub mod credential;
 pub mod decide;
 pub mod event;
 pub mod id;
@@ -20,6 +21,7 @@ pub mod spec;
 pub mod state;
 
 pub use command::{Actor, ActorKind, Body, Command, Dedupe, Outcome, Rejected, RejectedCode};
+pub use credential::{Asker, Credential};
 pub use event::{Envelope, Event};
 pub use id::Id;
 pub use state::{Changes, JournalRow, RowChange, State};

@@ -4,23 +4,26 @@
 //! not acknowledge: a record counts as delivered when the receiver's kernel has taken it and the connection was still
 //! there [`SETTLE`] later; after a broken connection everything that had not settled is sent again, byte-identical.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, ServerName};
 use selvedge_cluster::Cluster;
 use selvedge_domain::command::CursorMove;
 use selvedge_domain::rows::{Cursor, Receiver, Row as _};
-use selvedge_domain::{Actor, Body, Id, State};
+use selvedge_domain::{Asker, Body, Id, State};
 use selvedge_storage::audit::{Journal, Record as Stored, StreamId};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
-use super::{log::Log, metrics};
+use super::log::Log;
+use super::metrics;
+use super::record::{ExportGap, Record};
 
 /// A connection must have stood for so long after a record was taken by the receiver's kernel.
 const SETTLE: Duration = Duration::from_secs(3);
@@ -28,6 +31,8 @@ const SETTLE: Duration = Duration::from_secs(3);
 const RETRY: Duration = Duration::from_secs(1);
 /// Longest wait for a connection and for a write.
 const IO_TIMEOUT: Duration = Duration::from_secs(10);
+/// Between two looks at how much every receiver lacks.
+const BACKLOG_INTERVAL: Duration = Duration::from_secs(1);
 /// Records read and sent at once.
 const BATCH_RECORDS: usize = 512;
 /// Bytes read and sent at once.
@@ -71,12 +76,14 @@ pub struct Exporter {
     cluster: Cluster,
     log: Log,
     host: String,
+    /// Gaps that were told: receiver, stream, and the first record that it lacks.
+    told: Mutex<BTreeSet<(Id, StreamId, u64)>>,
 }
 
 impl Exporter {
     /// An exporter of this broker's own streams; `host` is the name in the messages.
     pub fn new(cluster: Cluster, log: Log, host: String) -> Self {
-        Self { cluster, log, host }
+        Self { cluster, log, host, told: Mutex::default() }
     }
 
     /// Delivers until `stop`.
@@ -84,6 +91,7 @@ impl Exporter {
         let exporter = Arc::new(self);
         let mut states = exporter.cluster.subscribe();
         let mut running: BTreeMap<Id, (Receiver, CancellationToken)> = BTreeMap::new();
+        let mut look = tokio::time::interval(BACKLOG_INTERVAL);
         loop {
             let wanted: BTreeMap<Id, Receiver> =
                 states.borrow_and_update().rows::<Receiver>().map(|receiver| (receiver.id(), receiver)).collect();
@@ -104,8 +112,19 @@ impl Exporter {
             tokio::select! {
                 () = stop.cancelled() => return,
                 changed = states.changed() => if changed.is_err() { return },
+                _ = look.tick() => ::metrics::gauge!(metrics::BACKLOG_RECORDS).set(exporter.backlog() as f64),
             }
         }
+    }
+
+    /// Records that the slowest receiver has not acknowledged.
+    fn backlog(&self) -> u64 {
+        let (state, ends) = (self.cluster.state(), self.log.journal().ends());
+        let lacks = |receiver: Receiver| {
+            let lacks = |(stream, end): (&StreamId, &u64)| (end + 1).saturating_sub(cursor(&state, receiver.id(), *stream));
+            ends.iter().map(lacks).sum()
+        };
+        state.rows::<Receiver>().map(lacks).max().unwrap_or_default()
     }
 
     async fn deliver(self: Arc<Self>, receiver: Receiver, stop: CancellationToken) {
@@ -158,8 +177,15 @@ impl Exporter {
         let mut sink = [0; 512];
         loop {
             tokio::select! {
-                batch = source.next(), if unsettled.len() < UNSETTLED_RECORDS_MAX => {
-                    let batch = batch?;
+                next = source.next(), if unsettled.len() < UNSETTLED_RECORDS_MAX => {
+                    let batch = match next? {
+                        Next::Records(batch) => batch,
+                        Next::Gap(gap) => {
+                            self.tell(receiver, &gap);
+                            unsettled.extend(gap.upto.map(|upto| (gap.stream, upto, Instant::now())));
+                            continue;
+                        }
+                    };
                     if !self.cluster.lease().open() {
                         return Err(Error::LeaseOver);
                     }
@@ -191,10 +217,30 @@ impl Exporter {
                         }
                     }
                     self.acknowledge(receiver, &mut acknowledged).await;
-                    ::metrics::gauge!(metrics::BACKLOG_RECORDS).set(source.backlog() as f64 + unsettled.len() as f64);
                 }
             }
         }
+    }
+
+    /// Says once what a receiver will never get: in the log, and in the journal that it and all others read.
+    fn tell(&self, receiver: &Receiver, gap: &Gap) {
+        if !self.told.lock().insert((receiver.id(), gap.stream, gap.from)) {
+            return;
+        }
+        let why = gap.why;
+        tracing::warn!(receiver = receiver.name, stream = %gap.stream, from = gap.from, upto = gap.upto, why,
+            "a log receiver will not get some audit records");
+        ::metrics::counter!(metrics::GAPS, "why" => why).increment(1);
+        let record = ExportGap {
+            receiver: receiver.id().to_string(),
+            receiver_name: receiver.name.clone(),
+            stream: gap.stream.to_string(),
+            from: gap.from,
+            upto: gap.upto,
+            why: why.to_owned(),
+        };
+        // What the journal does not accept, it says itself.
+        let _ = self.log.append(&Record::ExportGap(record));
     }
 
     /// Moves the cursors in the log; what fails is tried again with the next second.
@@ -211,11 +257,32 @@ impl Exporter {
                 next_seq: *next_seq,
             })
             .collect();
-        match self.cluster.propose(Actor::BROKER, Body::MoveCursors(moves), None).await {
+        match self.cluster.propose(Asker::BROKER, Body::MoveCursors(moves), None).await {
             Ok(_) => acknowledged.clear(),
             Err(error) => tracing::debug!(%error, "export cursors were not moved"),
         }
     }
+}
+
+/// What comes next for a receiver.
+enum Next {
+    Records(Vec<Stored>),
+    Gap(Gap),
+}
+
+/// Records that cannot be delivered any more.
+struct Gap {
+    stream: StreamId,
+    from: u64,
+    /// The last of them; none when nobody knows where the stream ended.
+    upto: Option<u64>,
+    why: &'static str,
+}
+
+/// The next record that a receiver should get of a stream.
+fn cursor(state: &State, receiver: Id, stream: StreamId) -> u64 {
+    let key = Cursor { receiver: Some(receiver), broker: stream.broker, boot: stream.boot, next_seq: 0 }.key();
+    state.row::<Cursor>(&key).map_or(1, |cursor| cursor.next_seq)
 }
 
 /// This broker's streams from the cursors on, earlier boots first.
@@ -232,27 +299,31 @@ impl Source {
         streams.retain(|stream| stream.broker == node && *stream != current);
         streams.sort();
         streams.push(current);
-        let next = |stream: &StreamId| {
-            let key = Cursor { receiver: Some(receiver), broker: stream.broker, boot: stream.boot, next_seq: 0 }.key();
-            state.row::<Cursor>(&key).map_or(1, |cursor| cursor.next_seq)
-        };
-        let streams = streams.into_iter().map(|stream| (stream, next(&stream))).collect();
+        let streams = streams.into_iter().map(|stream| (stream, cursor(&state, receiver, stream))).collect();
         Self { journal, streams, reader: None }
     }
 
-    /// The next records; waits for new ones at the end. **Cancel safety:** safe, nothing is lost between batches.
-    async fn next(&mut self) -> Result<Vec<Stored>, Error> {
+    /// The next records; waits for new ones at the end. What was deleted or is damaged is passed over and named.
+    /// **Cancel safety:** safe, nothing is lost between batches.
+    async fn next(&mut self) -> Result<Next, Error> {
         loop {
             let Some((stream, from)) = self.streams.front().copied() else { return Err(Error::Closed) };
             let is_own = stream == self.journal.stream();
             match self.read(stream, from) {
-                Ok(batch) if !batch.is_empty() => return Ok(batch),
+                Ok(batch) if !batch.is_empty() => return Ok(Next::Records(batch)),
                 Ok(_) if is_own => {}
                 Ok(_) => self.pass(),
-                Err(error @ selvedge_storage::Error::AuditBroken(_)) if !is_own => {
-                    // What is behind the break cannot be read; the streams after it must not wait for it for ever.
-                    tracing::error!(%stream, %error, "an earlier audit stream is delivered only up to its break");
-                    self.pass();
+                Err(selvedge_storage::Error::AuditGone { first, .. }) => {
+                    return Ok(Next::Gap(self.skip("deleted", Some(first))));
+                }
+                Err(selvedge_storage::Error::AuditBroken(place)) => {
+                    self.journal.found_broken(&place);
+                    let behind = self.journal.segment_behind(stream, place.seq)?;
+                    if is_own && behind.is_none() {
+                        // The segment that is being written: tried again until another begins.
+                        return Err(selvedge_storage::Error::AuditBroken(place).into());
+                    }
+                    return Ok(Next::Gap(self.skip("broken", behind)));
                 }
                 Err(error) => return Err(error.into()),
             }
@@ -269,6 +340,20 @@ impl Source {
     fn pass(&mut self) {
         self.streams.pop_front();
         self.reader = None;
+    }
+
+    /// Goes on with another record of this stream, or with the next stream when there is none.
+    fn skip(&mut self, why: &'static str, to: Option<u64>) -> Gap {
+        let (stream, from) = self.streams.front().copied().unwrap_or((self.journal.stream(), 1));
+        let from = self.reader.as_ref().map_or(from, |reader| reader.position());
+        match (to, self.streams.front_mut()) {
+            (Some(to), Some(front)) => {
+                front.1 = to;
+                self.reader = None;
+            }
+            _ => self.pass(),
+        }
+        Gap { stream, from, upto: to.map(|to| to - 1), why }
     }
 
     /// What there is, up to the limits and up to the first record that cannot be read.
@@ -291,11 +376,6 @@ impl Source {
             }
         }
         Ok(batch)
-    }
-
-    fn backlog(&self) -> u64 {
-        let position = self.reader.as_ref().map_or(1, |reader| reader.position());
-        (self.journal.durable_seq() + 1).saturating_sub(position)
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use selvedge_cluster::{Cluster, PeerChannel};
-use selvedge_domain::{Actor, Body, Id, State};
+use selvedge_domain::{Asker, Body, Id, State};
 use selvedge_proto::relay::relay_client::RelayClient;
 use tokio::sync::watch;
 
@@ -34,6 +34,9 @@ pub trait Ground: Send + Sync + 'static {
 
     /// What is left of the lease, in milliseconds; 0 when it has ended.
     fn lease_left_ms(&self) -> u64;
+
+    /// After so many milliseconds nobody acts any more on what was said, until now, of what is left of the lease.
+    fn lease_told_over_ms(&self) -> u64;
 
     /// Changes with each renewal of the lease.
     fn lease_renewed(&self) -> watch::Receiver<u64>;
@@ -73,12 +76,16 @@ impl Ground for Cluster {
         if self.lease().open() { self.lease().left_ms() } else { 0 }
     }
 
+    fn lease_told_over_ms(&self) -> u64 {
+        Cluster::lease_told_over_ms(self)
+    }
+
     fn lease_renewed(&self) -> watch::Receiver<u64> {
         self.lease().changed()
     }
 
     async fn propose(&self, body: Body) -> Result<(), String> {
-        Cluster::propose(self, Actor::BROKER, body, None).await.map(drop).map_err(|error| error.to_string())
+        Cluster::propose(self, Asker::BROKER, body, None).await.map(drop).map_err(|error| error.to_string())
     }
 
     fn relay(&self, node: u64) -> Option<RelayClient<PeerChannel>> {

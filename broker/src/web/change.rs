@@ -9,7 +9,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use selvedge_cluster::{Done, Enforced, How, ProposeError};
-use selvedge_domain::{Actor, Body, Command, Id};
+use selvedge_domain::{Asker, Body, Command, Id};
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 use utoipa::ToSchema;
@@ -222,7 +222,7 @@ impl Context {
         target: &str,
         body: Body,
     ) -> Result<Changed, Problem> {
-        let result = self.propose_checked(caller.actor.clone(), body, wanted.key_of(caller)).await;
+        let result = self.propose_checked(caller.asker(), body, wanted.key_of(caller)).await;
         self.record(&caller.label(), &caller.name, &caller.source.to_string(), action, target, &result).await;
         let done = result?;
         let enforced = match wanted.enforced {
@@ -245,21 +245,21 @@ impl Context {
     /// Proposes, unless a state that holds everything committed before would refuse it: that fills no log.
     async fn propose_checked(
         &self,
-        actor: Actor,
+        asker: Asker,
         body: Body,
         idempotency: Option<[u8; 32]>,
     ) -> Result<Done, ProposeError> {
         // With a key an earlier attempt may have succeeded, and would stand in its own way here.
         if idempotency.is_none() {
-            let command = Command { actor: actor.clone(), proposer: self.cluster.node(), dedupe: None, body };
+            let command = Command::new(asker.actor.clone(), self.cluster.node(), None, body);
             let now_ms = self.cluster.now_ms();
             if self.cluster.state().check(now_ms, &command).is_err() {
                 let state = self.cluster.linearizable(CONFIRM_WAIT).await.map_err(|_| ProposeError::Unavailable)?;
                 state.check(self.cluster.now_ms(), &command)?;
             }
-            return self.cluster.propose(actor, command.body, None).await;
+            return self.cluster.propose(asker, command.body, None).await;
         }
-        self.cluster.propose(actor, body, idempotency).await
+        self.cluster.propose(asker, body, idempotency).await
     }
 
     /// Writes the record of a change or of an attempt. It is durable before the caller is answered.
@@ -295,6 +295,8 @@ impl Context {
 
 #[cfg(test)]
 mod tests {
+    use selvedge_domain::{Actor, Credential};
+
     use super::*;
 
     fn wanted(headers: &[(&'static str, &'static str)]) -> Result<Wanted, Problem> {
@@ -329,6 +331,7 @@ mod tests {
         let wanted = wanted(&[("idempotency-key", "k1")]).unwrap();
         let caller = |seq| Caller {
             actor: Actor::token(Id::new(1, seq), 1),
+            credential: Credential::new("svt_x"),
             name: String::new(),
             directory: None,
             source: ([127, 0, 0, 1], 1).into(),

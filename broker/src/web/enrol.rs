@@ -18,18 +18,17 @@ use axum::routing::post;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use prost::Message as _;
-use selvedge_cluster::ProposeError;
 use selvedge_domain::command::{CertificateIssued, Enrol, Subject};
 use selvedge_domain::rows::{Broker, BrokerRole, Device, EnrolKey, EnrolKind, User};
 use selvedge_domain::state::IndexKey;
-use selvedge_domain::{Actor, ActorKind, Body, Id, RejectedCode, State as Applied};
+use selvedge_domain::{ActorKind, Asker, Body, Credential, Id, Rejected, RejectedCode, State as Applied};
 use selvedge_proto::control::{Brokers, LoginGrant};
 use selvedge_proto::grant::{self, GRANT_VERSION};
 use selvedge_proto::identity::{Anchors, Kind, chain_pem};
 use serde::{Deserialize, Serialize};
 
 use super::api::keys::{Kind as Asked, kind_name};
-use super::auth::Need;
+use super::auth::{self, Need};
 use super::input::Input;
 use super::limit::{Who, prefix};
 use super::listener::Source;
@@ -44,8 +43,6 @@ pub const GRANT_LIFE_MS: u64 = 7 * 24 * 3_600_000;
 
 /// A repeated enrolment of a device is answered with its login for so long; later it takes a new code.
 pub const GRANT_REPEAT_MS: u64 = 600_000;
-
-const ACTOR: Actor = Actor { kind: ActorKind::Enrolment, id: None, generation: 0 };
 
 pub(super) fn routes() -> Vec<Route> {
     vec![Route { path: "/enrol/v1".to_owned(), need: Need::Nothing, handlers: post(enrol) }]
@@ -134,26 +131,25 @@ async fn whole(context: &Context, request: EnrolRequest, source: SocketAddr) -> 
     proven.check_asks_nothing().map_err(|error| Problem::invalid(error.to_string()))?;
     let issuer = context.issuer.clone().ok_or_else(|| elsewhere(&context.cluster.state()))?;
 
-    let secret_sha256 = sha256(&request.secret);
+    let credential = Credential::new(request.secret.as_str());
+    let secret_sha256 = credential.sha256();
+    // What nobody knows is not proposed: strangers fill no log.
+    let (state, actor) = auth::whose(context, &credential).await?;
+    let Some(actor) = actor.filter(|actor| actor.kind == ActorKind::Enrolment) else {
+        ::metrics::counter!(REQUESTS_REFUSED_TOTAL, "reason" => "credential").increment(1);
+        return Err(Rejected::new(RejectedCode::KeyUnknown, "the enrolment secret is not known").into());
+    };
+    let key = state.find::<EnrolKey>(IndexKey::secret(&secret_sha256)).unwrap_or_default();
     let key_sha256 = proven.spki_sha256();
     let name = request.name.clone();
     let body = Body::Enrol(Enrol { secret_sha256, kind: kind as i32, key_sha256, name: name.clone(), node });
-    let result = context.cluster.propose(ACTOR, body, None).await;
-    let key = context.cluster.state().find::<EnrolKey>(IndexKey::secret(&secret_sha256));
-    let unknown = matches!(&result, Err(ProposeError::Refused(refused)) if refused.code == RejectedCode::KeyUnknown);
-    if let Some(key) = key.filter(|_| !unknown) {
-        let target = match &result {
-            Ok(done) => {
-                done.ids.last().map_or_else(|| format!("broker/{node}"), |id| format!("{}/{id}", kind_name(kind)))
-            }
-            Err(_) => format!("{}:{name}", kind_name(kind)),
-        };
-        let actor = format!("enrolment/{}", key.id());
-        context.record(&actor, &key.name, &source.to_string(), "enrol", &target, &result).await;
-    } else {
-        // A stranger: counted, not recorded.
-        ::metrics::counter!(REQUESTS_REFUSED_TOTAL, "reason" => "credential").increment(1);
-    }
+    let result = context.cluster.propose(Asker::holder(actor, credential), body, None).await;
+    let target = match &result {
+        Ok(done) => done.ids.last().map_or_else(|| format!("broker/{node}"), |id| format!("{}/{id}", kind_name(kind))),
+        Err(_) => format!("{}:{name}", kind_name(kind)),
+    };
+    let actor = format!("enrolment/{}", key.id());
+    context.record(&actor, &key.name, &source.to_string(), "enrol", &target, &result).await;
     let done = result?;
     let made = Made::of(kind, done.ids.last().copied(), node)?;
     let issued = certify(context, &issuer, &made, &request.hosts, &csr).await?;
@@ -232,7 +228,7 @@ async fn certify(
         not_after_ms: issued.not_after_ms,
         of: made.subject(),
     });
-    context.cluster.propose(Actor::BROKER, body, None).await?;
+    context.cluster.propose(Asker::BROKER, body, None).await?;
     Ok(issued)
 }
 

@@ -2,10 +2,12 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::{Stream, StreamExt as _};
 use prost::Message as _;
-use selvedge_domain::Command;
+use selvedge_domain::{ActorKind, Command, Credential};
+use selvedge_domain::state::Table;
 use selvedge_proto::peer as wire;
 use selvedge_proto::peer::change_request::Change;
 use selvedge_proto::peer::peer_server;
@@ -21,6 +23,9 @@ use crate::membership::{self, Attempt};
 use crate::propose::COMMAND_BYTES_MAX;
 use crate::read::NoReadIndex;
 
+/// Longest wait of a linearizable read.
+const READ_WAIT: Duration = Duration::from_secs(5);
+
 pub(crate) struct PeerService(pub(crate) Arc<Core>);
 
 fn not_leader(leader: Option<u64>) -> wire::NotLeader {
@@ -31,7 +36,7 @@ fn not_leader(leader: Option<u64>) -> wire::NotLeader {
 impl peer_server::Peer for PeerService {
     async fn propose(&self, request: Request<wire::ProposeRequest>) -> Result<Response<wire::ProposeReply>, Status> {
         let caller = Caller::of(&request)?;
-        let bytes = request.into_inner().command;
+        let wire::ProposeRequest { command: bytes, credential } = request.into_inner();
         if bytes.len() > COMMAND_BYTES_MAX {
             return Err(Status::invalid_argument("the command is too large"));
         }
@@ -40,8 +45,12 @@ impl peer_server::Peer for PeerService {
         if command.proposer != caller.node {
             return Err(Status::permission_denied("the command names another proposer"));
         }
+        if command.actor.kind == ActorKind::Bootstrap {
+            return Err(Status::permission_denied("the first commands are proposed where they are written"));
+        }
+        let credential = (!credential.is_empty()).then(|| Credential::new(credential));
         use wire::propose_reply::Result as Reply;
-        let result = match self.0.enqueue(bytes.into()).await {
+        let result = match self.0.enqueue(&command.actor, credential.as_ref(), bytes.into()).await {
             Answer::Outcome(outcome) => convert::outcome(outcome),
             Answer::NotLeader(leader) => Reply::NotLeader(not_leader(leader)),
             Answer::Busy => Reply::Busy(wire::Busy { retry_after_ms: 100 }),
@@ -65,6 +74,15 @@ impl peer_server::Peer for PeerService {
             Err(NoReadIndex::NoQuorum) => Reply::NoQuorum(wire::Empty {}),
         };
         Ok(Response::new(wire::ReadIndexReply { result: Some(result) }))
+    }
+
+    async fn read(&self, request: Request<wire::ReadRequest>) -> Result<Response<wire::ReadReply>, Status> {
+        let wire::ReadRequest { table, key } = request.into_inner();
+        let table = u8::try_from(table).ok().and_then(Table::from_number);
+        let table = table.ok_or_else(|| Status::invalid_argument("no such table"))?;
+        let state = self.0.linearizable(READ_WAIT).await.map_err(|error| Status::unavailable(error.to_string()))?;
+        let row = state.stored(table, &key).map(|row| row.to_vec());
+        Ok(Response::new(wire::ReadReply { position: Some(convert::position(state.position())), row }))
     }
 
     async fn report(&self, request: Request<wire::ReportRequest>) -> Result<Response<wire::ReportReply>, Status> {

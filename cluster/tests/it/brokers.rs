@@ -13,15 +13,17 @@ use rcgen::{
 };
 use rustls_pki_types::PrivateKeyDer;
 use selvedge_cluster::{
-    Cluster, Enforcer, LogLimits, NothingToEnforce, Options, Preset, ProposeError, SystemClock, broker_id,
+    Blocking, Cluster, Confirmation, Enforcer, LogLimits, NothingToEnforce, Options, Preset, ProposeError, SystemClock,
+    Tls, broker_id,
 };
 use selvedge_domain::command::{InitCluster, PutBroker};
-use selvedge_domain::{Actor, Body, Envelope, Id, State};
+use selvedge_domain::{Actor, Asker, Body, Credential, Envelope, Id, State};
 use selvedge_proto::identity::{Anchors, Role};
 use selvedge_proto::tls::{self, Identity, NotBefore};
 use selvedge_storage::DataDir;
 use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
+use tokio_util::sync::CancellationToken;
 
 use crate::links::Links;
 
@@ -118,10 +120,14 @@ impl Setup {
             dir: data,
             cluster_id: self.cluster_id,
             preset: Preset::Test,
-            listener,
-            tls_server: Arc::new(tls::peer_server(&identity, anchors, NotBefore::judged(), &time).unwrap()),
-            tls_client: Arc::new(tls::peer_client(&identity, anchors, None, NotBefore::judged(), &time).unwrap()),
+            transport: Tls::shared(
+                listener,
+                Arc::new(tls::peer_server(&identity, anchors, NotBefore::judged(), &time).unwrap()),
+                Arc::new(tls::peer_client(&identity, anchors, None, NotBefore::judged(), &time).unwrap()),
+            ),
             clock: SystemClock::shared(),
+            seed: None,
+            blocking: Blocking::Threads,
             enforcer: self.enforcer.clone(),
             seeds: BTreeMap::new(),
             dial: self.links.as_ref().map(|links| links.dial(self.started.fetch_add(1, Ordering::SeqCst))),
@@ -168,12 +174,15 @@ async fn open(path: &Path) -> Arc<DataDir> {
     }
 }
 
+/// The first owner's token.
+pub const OWNER: &str = "owner";
+
 pub fn init(cluster_id: [u8; 16]) -> InitCluster {
     InitCluster {
         cluster_id,
         trust_domain: TRUST_DOMAIN.to_owned(),
         anchors: Vec::new(),
-        owner_sha256: Sha256::digest(b"owner").into(),
+        owner_sha256: Credential::new(OWNER).sha256(),
         knock_secret: [3; 32],
         lease_ms: 3_000,
         hold_ms: 30_000,
@@ -192,7 +201,7 @@ impl Broker {
             edge: String::new(),
             web: String::new(),
             peer: self.address.clone(),
-            roles: vec![1],
+            roles: vec![1, 2, 3, 4],
         };
         self.cluster.propose(self.owner(), Body::PutBroker(put), None).await.unwrap();
     }
@@ -203,10 +212,10 @@ impl Broker {
         Ok(done.ids[0])
     }
 
-    pub fn owner(&self) -> Actor {
+    pub fn owner(&self) -> Asker {
         let state = self.cluster.state();
         let owner = state.find::<selvedge_domain::rows::Token>(selvedge_domain::state::IndexKey::name("owner"));
-        Actor::token(owner.expect("the cluster is initialised").id(), 1)
+        Asker::holder(Actor::token(owner.expect("the cluster is initialised").id(), 1), Credential::new(OWNER))
     }
 
     pub fn has_token(&self, name: &str) -> bool {
@@ -269,13 +278,19 @@ pub struct Counting {
     pub seen: Mutex<Vec<Envelope>>,
     /// Holds the enforcing thread while it is locked.
     pub gate: Mutex<()>,
+    /// What it closes is confirmed when this is cancelled; without it nothing is closed.
+    pub confirmed: Mutex<Option<CancellationToken>>,
 }
 
 impl Enforcer for Counting {
-    fn enforce(&self, _state: &Arc<State>, events: &[Envelope]) {
+    fn enforce(&self, _state: &Arc<State>, events: &[Envelope]) -> Confirmation {
         let _open = self.gate.lock().unwrap();
         self.seen.lock().unwrap().extend(events.iter().cloned());
+        let confirmed = self.confirmed.lock().unwrap().clone()?;
+        Some(Box::pin(confirmed.cancelled_owned()))
     }
 
-    fn replaced(&self, _state: &Arc<State>) {}
+    fn replaced(&self, _state: &Arc<State>) -> Confirmation {
+        None
+    }
 }

@@ -1,7 +1,8 @@
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use selvedge_cluster::ProposeError;
-use selvedge_domain::RejectedCode;
+use selvedge_domain::{Actor, Asker, Body, Credential, Id, RejectedCode};
 
 use crate::brokers::{PATIENCE, Setup, leader_of, token, until};
 
@@ -114,4 +115,64 @@ async fn a_cluster_is_initialised_once() {
     let first = setup.first().await;
     let again = first.cluster.initialize(crate::brokers::init(setup.cluster_id)).await;
     assert!(again.unwrap_err().to_string().contains("initialised before"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_leader_looks_at_the_credential_itself() {
+    let brokers = Setup::new().voters(3).await;
+    let leader = leader_of(&brokers).await;
+    let owner = brokers[0].owner();
+    let other = brokers[0].create_token("other").await.unwrap();
+    let askers = [
+        ("nothing was shown", Asker { actor: owner.actor.clone(), credential: None }),
+        ("an unknown secret", Asker::holder(owner.actor.clone(), Credential::new("guessed"))),
+        ("somebody else's secret", Asker::holder(owner.actor.clone(), Credential::new("other"))),
+        ("somebody else's name", Asker::holder(Actor::token(other, 1), owner.credential.clone().unwrap())),
+        (
+            "a later generation",
+            Asker::holder(Actor::token(owner.actor.id.unwrap(), 2), owner.credential.clone().unwrap()),
+        ),
+        ("a directory that is not there", Asker::holder(Actor::directory(Id::new(1, 1), 1), Credential::new("other"))),
+    ];
+    let before = brokers[leader].cluster.status().position;
+    for (at, broker) in brokers.iter().enumerate() {
+        for (what, asker) in &askers {
+            match broker.cluster.propose(asker.clone(), token("forged"), None).await {
+                Err(ProposeError::Refused(refused)) => {
+                    assert_eq!(refused.code, RejectedCode::Unauthenticated, "{what}, through broker {at}");
+                }
+                other => panic!("{what}, through broker {at}: {other:?}"),
+            }
+        }
+    }
+    assert_eq!(brokers[leader].cluster.status().position, before, "nothing of it is in the journal");
+    brokers[0].cluster.propose(owner, token("true"), None).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_secret_reaches_the_log() {
+    let setup = Setup::new();
+    let broker = setup.first().await;
+    let secret = "svt_a-secret-that-is-easy-to-find";
+    let body = Body::CreateToken { name: "auditor".into(), role: 1, secret_sha256: Credential::new(secret).sha256() };
+    broker.cluster.propose(broker.owner(), body, None).await.unwrap();
+    let credential = Credential::new(secret);
+    let asker = Asker::holder(credential.actor(&broker.cluster.state()).unwrap(), credential);
+    // Its role does not allow it: also a refusal is in the log.
+    let refused = broker.cluster.propose(asker, token("a-name-that-is-easy-to-find"), None).await.unwrap_err();
+    assert!(matches!(refused, ProposeError::Refused(refused) if refused.code == RejectedCode::Forbidden));
+    broker.cluster.stop().await;
+    let holds = |text: &str| {
+        files(broker.dir.path()).any(|path| {
+            let bytes = std::fs::read(path).unwrap_or_default();
+            bytes.windows(text.len()).any(|window| window == text.as_bytes())
+        })
+    };
+    assert!(holds("a-name-that-is-easy-to-find"), "the command itself is there");
+    assert!(!holds(secret), "its credential is not");
+}
+
+fn files(under: &Path) -> Box<dyn Iterator<Item = PathBuf>> {
+    let entries = std::fs::read_dir(under).unwrap().map(|entry| entry.unwrap().path());
+    Box::new(entries.flat_map(|path| if path.is_dir() { files(&path) } else { Box::new(std::iter::once(path)) }))
 }

@@ -2,7 +2,7 @@ use std::pin::pin;
 
 use futures::StreamExt as _;
 use selvedge_cluster::{Error, Frame};
-use selvedge_domain::{Actor, Body};
+use selvedge_domain::{Asker, Body};
 
 use crate::brokers::{PATIENCE, Setup, leader_of};
 
@@ -56,7 +56,7 @@ async fn what_was_compacted_is_said_to_be_gone() {
         broker.create_token(&format!("token-{n}")).await.unwrap();
     }
     let upto_seq = broker.cluster.state().position().seq - 1;
-    broker.cluster.propose(Actor::BROKER, Body::CompactJournal { upto_seq }, None).await.unwrap();
+    broker.cluster.propose(Asker::BROKER, Body::CompactJournal { upto_seq }, None).await.unwrap();
     let mut gone = pin!(broker.cluster.events(1));
     match gone.next().await {
         Some(Err(Error::Compacted { upto })) => assert_eq!(upto, upto_seq),

@@ -83,6 +83,9 @@ pub(super) fn enrol(draft: &mut Draft, enrol: &Enrol) -> Result<(), Rejected> {
         .state
         .find::<EnrolKey>(IndexKey::secret(&enrol.secret_sha256))
         .ok_or_else(|| Rejected::new(RejectedCode::KeyUnknown, "the enrolment secret is not known"))?;
+    if draft.actor.id != Some(key.id()) {
+        return Err(forbidden());
+    }
     if key.kind != enrol.kind {
         return Err(Rejected::new(RejectedCode::KeyMismatch, "the enrolment secret is for another role"));
     }
@@ -182,7 +185,6 @@ pub(super) fn certificate_issued(draft: &mut Draft, issued: &CertificateIssued) 
     let first = draft.actor.kind == ActorKind::Bootstrap && draft.state.count(crate::state::Table::Broker) <= 1;
     if !first {
         draft.need_broker()?;
-        draft.need_broker_role(BrokerRole::Issuer)?;
     }
     if draft.state.row::<Certificate>(issued.serial.as_bytes()).is_some() {
         return Err(Rejected::new(RejectedCode::Conflict, "the serial number was used before"));

@@ -265,6 +265,15 @@ pub(crate) fn decide(draft: &mut Draft, command: &Command) -> Result<(), Rejecte
     if draft.state.cluster().is_none() {
         return Err(Rejected::new(RejectedCode::NotInitialised, "the cluster is not initialised"));
     }
+    if command.class != command.body.class() {
+        return Err(invalid("the command is not of the class that it names"));
+    }
+    // Bootstrap has no broker to speak for it yet; each kind that takes it says when.
+    if command.actor.kind != ActorKind::Bootstrap
+        && let Some(role) = command.body.proposer_role()
+    {
+        draft.need_broker_role(role)?;
+    }
     match &command.body {
         Body::InitCluster(_) => unreachable!("returned above"),
         Body::RaiseMinVersion { version } => cluster::raise_min_version(draft, *version),

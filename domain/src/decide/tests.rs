@@ -39,12 +39,18 @@ impl World {
     }
 
     fn propose_with(&mut self, actor: Actor, body: Body, dedupe: Option<Dedupe>) -> Outcome {
-        let command = Command { actor, proposer: NODE, dedupe, body };
+        let command = Command::new(actor, NODE, dedupe, body);
         assert_eq!(Command::decode(&command.encode()), Ok(command.clone()));
         let outcome = self.state.apply(self.now_ms, &command, &mut self.changes);
         let loaded = State::load(self.state.meta(), self.state.all_rows()).expect("the rows are a state");
         assert_eq!(loaded.state_hash(), self.state.state_hash());
         outcome
+    }
+
+    /// The holder of the enrolment secret that [`key`] makes; while there is none, of one that nobody knows.
+    fn enrolment(&self) -> Actor {
+        let key = self.state.find::<rows::EnrolKey>(IndexKey::secret(&[7; 32]));
+        Actor::enrolment(key.map(|key| key.id()).unwrap_or_default())
     }
 
     fn done(&mut self, actor: Actor, body: Body) -> Vec<Id> {
@@ -118,8 +124,6 @@ fn enrol(kind: EnrolKind, key: u8) -> Body {
     Body::Enrol(Enrol { secret_sha256: [7; 32], kind: kind as i32, key_sha256: [key; 32], name: "x".into(), node: 0 })
 }
 
-const ENROLMENT: Actor = Actor { kind: ActorKind::Enrolment, id: None, generation: 0 };
-
 fn segment(name: &str, host: &str, port: &str) -> ApplyPut {
     put(spec::Object::Segment(spec::Segment {
         name: name.into(),
@@ -153,7 +157,7 @@ fn apply(puts: Vec<ApplyPut>) -> Body {
 #[test]
 fn a_cluster_is_initialised_once_and_nothing_comes_before() {
     let mut state = State::default();
-    let early = Command { actor: Actor::BROKER, proposer: 1, dedupe: None, body: Body::Tick };
+    let early = Command::new(Actor::BROKER, 1, None, Body::Tick);
     let outcome = state.apply(1, &early, &mut Changes::default());
     assert!(matches!(outcome, Outcome::Refused(r) if r.code == RejectedCode::NotInitialised));
     let mut world = World::new();
@@ -302,15 +306,15 @@ fn an_enrolment_secret_is_used_as_often_as_it_may_be_and_a_repetition_is_free() 
     let owner = world.owner();
     world.done(owner.clone(), apply(group_objects()));
     world.done(owner.clone(), key(EnrolKind::Connector, "g", 1));
-    assert_eq!(world.refused(ENROLMENT, enrol(EnrolKind::Device, 1)), RejectedCode::KeyMismatch);
-    let first = world.done(ENROLMENT, enrol(EnrolKind::Connector, 1));
-    assert_eq!(world.done(ENROLMENT, enrol(EnrolKind::Connector, 1)), first);
-    assert_eq!(world.refused(ENROLMENT, enrol(EnrolKind::Connector, 2)), RejectedCode::KeyExhausted);
+    assert_eq!(world.refused(world.enrolment(), enrol(EnrolKind::Device, 1)), RejectedCode::KeyMismatch);
+    let first = world.done(world.enrolment(), enrol(EnrolKind::Connector, 1));
+    assert_eq!(world.done(world.enrolment(), enrol(EnrolKind::Connector, 1)), first);
+    assert_eq!(world.refused(world.enrolment(), enrol(EnrolKind::Connector, 2)), RejectedCode::KeyExhausted);
     world.now_ms += 60_000;
-    assert_eq!(world.refused(ENROLMENT, enrol(EnrolKind::Connector, 1)), RejectedCode::KeyVoid);
+    assert_eq!(world.refused(world.enrolment(), enrol(EnrolKind::Connector, 1)), RejectedCode::KeyVoid);
     let unknown =
         Body::Enrol(Enrol { secret_sha256: [0; 32], kind: 1, key_sha256: [1; 32], name: String::new(), node: 0 });
-    assert_eq!(world.refused(ENROLMENT, unknown), RejectedCode::KeyUnknown);
+    assert_eq!(world.refused(world.enrolment(), unknown), RejectedCode::KeyUnknown);
 }
 
 #[test]
@@ -321,7 +325,7 @@ fn a_code_of_someone_who_left_enrols_nothing() {
     world.done(owner, key(EnrolKind::Device, "ann", 1));
     let fields = UserFields { active: false, ..user("ann") };
     world.done(world.directory(), Body::ReplaceUser { id: ann, version: None, fields });
-    assert_eq!(world.refused(ENROLMENT, enrol(EnrolKind::Device, 1)), RejectedCode::KeyVoid);
+    assert_eq!(world.refused(world.enrolment(), enrol(EnrolKind::Device, 1)), RejectedCode::KeyVoid);
 }
 
 #[test]
@@ -351,7 +355,7 @@ fn an_older_stream_does_not_change_availability() {
     let owner = world.owner();
     world.done(owner.clone(), apply(group_objects()));
     world.done(owner, key(EnrolKind::Connector, "g", 1));
-    let connector = world.done(ENROLMENT, enrol(EnrolKind::Connector, 1))[0];
+    let connector = world.done(world.enrolment(), enrol(EnrolKind::Connector, 1))[0];
     let change = |stream, up| Body::Availability(vec![AvailabilityChange { connector, stream, up, down: vec![] }]);
     world.done(Actor::BROKER, change(5, true));
     world.done(Actor::BROKER, change(4, false));
@@ -363,14 +367,65 @@ fn a_removed_broker_does_not_come_back_and_may_propose_nothing() {
     let mut world = World::new();
     let owner = world.owner();
     world.done(owner.clone(), broker(8));
-    let stranger = Command { actor: Actor::BROKER, proposer: 9, dedupe: None, body: broker(9) };
+    let stranger = Command::new(Actor::BROKER, 9, None, broker(9));
     let outcome = world.state.apply(1, &stranger, &mut Changes::default());
     assert!(matches!(outcome, Outcome::Refused(_)), "who never enrolled does not register itself");
     world.done(owner.clone(), Body::RemoveBroker { node: 8 });
     assert_eq!(world.refused(owner, broker(8)), RejectedCode::Forbidden);
-    let command = Command { actor: Actor::BROKER, proposer: 8, dedupe: None, body: Body::Availability(vec![]) };
+    let command = Command::new(Actor::BROKER, 8, None, Body::Availability(vec![]));
     let outcome = world.state.apply(1, &command, &mut Changes::default());
     assert!(matches!(outcome, Outcome::Refused(r) if r.code == RejectedCode::Forbidden));
+}
+
+#[test]
+fn a_broker_proposes_only_what_its_roles_allow() {
+    use rows::BrokerRole::{Edge, Issuer, Web};
+    let issued = CertificateIssued {
+        serial: "1".into(),
+        subject: "s".into(),
+        key_sha256: [1; 32],
+        not_after_ms: 1,
+        of: Subject::Broker(NODE),
+    };
+    for (needed, body) in [
+        (Web, apply(group_objects())),
+        (Web, Body::CreateUser(user("ann"))),
+        (Web, key(EnrolKind::Broker, "", 1)),
+        (Web, Body::RevokeToken { id: Id::new(1, 2) }),
+        (Web, Body::PutSettings { lease_ms: LEASE_MS_DEFAULT, hold_ms: 1 }),
+        (Web, Body::RemoveBroker { node: 8 }),
+        (Issuer, enrol(EnrolKind::Connector, 1)),
+        (Issuer, Body::CertificateIssued(issued)),
+        (Edge, Body::Availability(vec![])),
+    ] {
+        let mut world = World::new();
+        let mut broker = world.state.broker(NODE).unwrap();
+        broker.roles.retain(|role| *role != needed as i32);
+        world.state.put(&broker);
+        for actor in [world.owner(), Actor::BROKER, world.enrolment(), world.directory()] {
+            assert_eq!(world.refused(actor, body.clone()), RejectedCode::Forbidden, "{body:?}");
+        }
+    }
+}
+
+#[test]
+fn a_command_is_of_its_bodys_class() {
+    let mut world = World::new();
+    let owner = world.owner();
+    let mut command = Command::new(owner, NODE, None, apply(group_objects()));
+    command.class = Class::Operations;
+    let outcome = world.state.apply(1, &command, &mut Changes::default());
+    assert!(matches!(outcome, Outcome::Refused(refused) if refused.code == RejectedCode::Invalid));
+}
+
+#[test]
+fn an_enrolment_is_of_the_secret_that_was_shown() {
+    let mut world = World::new();
+    let owner = world.owner();
+    world.done(owner.clone(), apply(group_objects()));
+    world.done(owner, key(EnrolKind::Connector, "g", 1));
+    let other = Actor::enrolment(Id::new(1, 1));
+    assert_eq!(world.refused(other, enrol(EnrolKind::Connector, 1)), RejectedCode::Forbidden);
 }
 
 #[test]

@@ -186,6 +186,11 @@ impl State {
         self.tables[R::TABLE as usize].get(key).map(|value| decoded(value))
     }
 
+    /// The row with this key, as stored.
+    pub fn stored(&self, table: Table, key: &[u8]) -> Option<&Arc<[u8]>> {
+        self.tables[table as usize].get(key)
+    }
+
     /// The row with this id.
     pub fn by_id<R: Row>(&self, id: Id) -> Option<R> {
         self.row(&id.key())

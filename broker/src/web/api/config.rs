@@ -10,7 +10,7 @@ use axum::response::{IntoResponse as _, Response};
 use selvedge_domain::command::{Apply, ApplyPut, Body};
 use selvedge_domain::rows::{self, PolicyMode, PortRange, Transport};
 use selvedge_domain::spec::{self, Key, Kind, Object};
-use selvedge_domain::{Command, Event, Id, Outcome, State as Applied, policy};
+use selvedge_domain::{Command, Envelope, Event, Id, Outcome, State as Applied, policy};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
@@ -117,18 +117,15 @@ pub(super) async fn apply(
     let command = built.map_err(|error| Problem::internal(&error))??;
     let target = target(&command);
     let body = Body::Apply(command);
-    let preview = Command { actor: caller.actor.clone(), proposer: context.cluster.node(), dedupe: None, body };
-    let state = context.cluster.state();
-    let now_ms = context.cluster.now_ms();
-    let previewed = tokio::task::spawn_blocking(move || (preview_of(&state, now_ms, &preview), preview)).await;
-    let (would, preview) = previewed.map_err(|error| Problem::internal(&error))?;
     if dry_run {
-        let (revision, changed) = would?;
+        let command = Command::new(caller.actor.clone(), context.cluster.node(), None, body);
+        let (state, now_ms) = (context.cluster.state(), context.cluster.now_ms());
+        let previewed = tokio::task::spawn_blocking(move || preview_of(&state, now_ms, &command)).await;
+        let (revision, changed) = previewed.map_err(|error| Problem::internal(&error))??;
         return Ok(Json(ApplyAnswer { revision, dry_run, changed, info: None }).into_response());
     }
-    // A refusal by this state may be out of date: the state in which the log applies the change decides.
-    let changed = would.map(|(_, changed)| changed).unwrap_or_default();
-    let done = context.change(&caller, &wanted, "apply", &target, preview.body).await?;
+    let done = context.change(&caller, &wanted, "apply", &target, body).await?;
+    let changed = changed_by(context.cluster.events_of(done.done.position).await?);
     let revision = policy::revision(&context.cluster.state());
     let answer = ApplyAnswer { revision, dry_run, changed, info: Some(done.info(&context)) };
     Ok(done.answer(StatusCode::OK, answer))
@@ -177,31 +174,30 @@ fn preview_of(state: &Applied, now_ms: u64, command: &Command) -> Result<(u64, V
     if let Outcome::Refused(rejected) = after.apply(now_ms, command, &mut changes) {
         return Err(rejected.into());
     }
-    let before: BTreeSet<(Kind, String)> =
-        all(state).into_iter().map(|object| object.key()).map(|key| (key.kind, key.name.to_lowercase())).collect();
-    let events = changes.events.into_iter().filter_map(|envelope| envelope.event);
-    let changed = events.filter_map(|event| {
-        let (kind, name, deleted) = match event {
-            Event::RegionPut(row) => (Kind::Region, row.name, false),
-            Event::ZonePut(row) => (Kind::Zone, row.name, false),
-            Event::ConnectorGroupPut(row) => (Kind::ConnectorGroup, row.name, false),
-            Event::SegmentGroupPut(row) => (Kind::SegmentGroup, row.name, false),
-            Event::SegmentPut(row) => (Kind::Segment, row.name, false),
-            Event::PolicyPut(row) => (Kind::Policy, row.name, false),
-            Event::ReceiverPut(row) => (Kind::Receiver, row.name, false),
-            Event::Deleted(gone) => (kind_of_table(gone.table)?, gone.name, true),
+    Ok((policy::revision(&after), changed_by(changes.events)))
+}
+
+/// What the events of one command changed.
+fn changed_by(events: Vec<Envelope>) -> Vec<ObjectChange> {
+    let changed = events.into_iter().filter_map(|envelope| {
+        let (kind, name, id) = match envelope.event? {
+            Event::RegionPut(row) => (Kind::Region, row.name, row.id),
+            Event::ZonePut(row) => (Kind::Zone, row.name, row.id),
+            Event::ConnectorGroupPut(row) => (Kind::ConnectorGroup, row.name, row.id),
+            Event::SegmentGroupPut(row) => (Kind::SegmentGroup, row.name, row.id),
+            Event::SegmentPut(row) => (Kind::Segment, row.name, row.id),
+            Event::PolicyPut(row) => (Kind::Policy, row.name, row.id),
+            Event::ReceiverPut(row) => (Kind::Receiver, row.name, row.id),
+            Event::Deleted(gone) => {
+                return Some(ObjectChange { kind: kind_of_table(gone.table)?, name: gone.name, change: "deleted" });
+            }
             _ => return None,
         };
-        let was = before.contains(&(kind, name.to_lowercase()));
-        let change = match (deleted, was) {
-            (true, _) => "deleted",
-            (false, true) => "changed",
-            (false, false) => "created",
-        };
+        // An object's id is that of the event that made it.
+        let change = if id == envelope.id { "created" } else { "changed" };
         Some(ObjectChange { kind, name, change })
     });
-    let changed = changed.collect();
-    Ok((policy::revision(&after), changed))
+    changed.collect()
 }
 
 fn kind_of_table(number: u32) -> Option<Kind> {
@@ -294,7 +290,7 @@ mod tests {
             lease_ms: 10_000,
             hold_ms: 30_000,
         };
-        let init = Command { actor: Actor::BOOTSTRAP, proposer: 1, dedupe: None, body: Body::InitCluster(init) };
+        let init = Command::new(Actor::BOOTSTRAP, 1, None, Body::InitCluster(init));
         state.apply(1, &init, &mut Changes::default());
         let token = state.rows::<Token>().next().unwrap();
         (state, Actor::token(token.id(), token.generation))
@@ -321,7 +317,7 @@ mod tests {
         let (mut state, actor) = house();
         let command = |state: &Applied, request| {
             let body = Body::Apply(build(state, request).unwrap());
-            Command { actor: actor.clone(), proposer: 1, dedupe: None, body }
+            Command::new(actor.clone(), 1, None, body)
         };
         let first = command(&state, request(objects(), false));
         let (_, changed) = preview_of(&state, 2, &first).unwrap();

@@ -40,7 +40,7 @@ pub(super) fn routes() -> Vec<Described> {
     use AdminRole::{Admin, Auditor, Owner};
     vec![
         entry(Auditor, routes!(openapi)),
-        entry(Auditor, routes!(brokers::show)),
+        cut_off(entry(Auditor, routes!(brokers::show))),
         entry(Owner, routes!(brokers::settings)),
         entry(Admin, routes!(brokers::drain)),
         entry(Owner, routes!(brokers::promote)),
@@ -74,6 +74,14 @@ pub(super) fn routes() -> Vec<Described> {
 fn entry(role: AdminRole, (schemas, paths, handlers): UtoipaMethodRouter<Arc<Context>>) -> Described {
     let path = paths.paths.keys().next().cloned().unwrap_or_default();
     Described { route: Route { path, need: Need::Role(role), handlers }, schemas, paths }
+}
+
+/// The same, also on a broker that has lost touch with the cluster.
+fn cut_off(mut described: Described) -> Described {
+    if let Need::Role(role) = described.route.need {
+        described.route.need = Need::RoleWhenCutOff(role);
+    }
+    described
 }
 
 /// The OpenAPI document of this API.

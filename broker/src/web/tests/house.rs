@@ -9,10 +9,10 @@ use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, Response, StatusCode, header};
 use http_body_util::BodyExt as _;
-use selvedge_cluster::{Cluster, LogLimits, NothingToEnforce, Options, Preset, SystemClock};
+use selvedge_cluster::{Blocking, Cluster, LogLimits, NothingToEnforce, Options, Preset, SystemClock, Tls};
 use selvedge_domain::command::{CertificateIssued, InitCluster, PutBroker, Subject};
 use selvedge_domain::rows::BrokerRole;
-use selvedge_domain::{Actor, Body as Asked};
+use selvedge_domain::{Asker, Body as Asked};
 use selvedge_proto::identity::Kind;
 use selvedge_proto::tls::{self, Identity, NotBefore};
 use selvedge_storage::DataDir;
@@ -31,8 +31,8 @@ pub(super) const DOMAIN: &str = "demo.test";
 const CLUSTER_ID: [u8; 16] = [5; 16];
 pub(super) const OWNER: &str = "svt_the-first-owner-of-this-house";
 
-pub(super) struct House {
-    pub(super) context: Arc<Context>,
+pub(crate) struct House {
+    pub(crate) context: Arc<Context>,
     router: Router,
     journal: Arc<Journal>,
     _dir: TempDir,
@@ -75,10 +75,14 @@ impl House {
             dir: data,
             cluster_id: CLUSTER_ID,
             preset: Preset::Test,
-            listener: TcpListener::bind("127.0.0.1:0").unwrap(),
-            tls_server: Arc::new(tls::peer_server(&identity, &anchors, NotBefore::judged(), &time).unwrap()),
-            tls_client: Arc::new(tls::peer_client(&identity, &anchors, None, NotBefore::judged(), &time).unwrap()),
+            transport: Tls::shared(
+                TcpListener::bind("127.0.0.1:0").unwrap(),
+                Arc::new(tls::peer_server(&identity, &anchors, NotBefore::judged(), &time).unwrap()),
+                Arc::new(tls::peer_client(&identity, &anchors, None, NotBefore::judged(), &time).unwrap()),
+            ),
             clock: SystemClock::shared(),
+            seed: None,
+            blocking: Blocking::Threads,
             enforcer: Arc::new(NothingToEnforce),
             seeds: BTreeMap::new(),
             dial: None,
@@ -102,7 +106,7 @@ impl House {
     }
 
     /// A broker that is a cluster.
-    pub(super) async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
         let (house, issued) = Self::empty().await;
         let cluster = &house.context.cluster;
         let init = InitCluster {
@@ -125,7 +129,7 @@ impl House {
             peer: "127.0.0.1:3".to_owned(),
             roles: [BrokerRole::Voter, BrokerRole::Issuer, BrokerRole::Web].map(|role| role as i32).into(),
         };
-        cluster.propose(Actor::BOOTSTRAP, Asked::PutBroker(broker), None).await.unwrap();
+        cluster.propose(Asker::BOOTSTRAP, Asked::PutBroker(broker), None).await.unwrap();
         let certificate = CertificateIssued {
             serial: issued.serial,
             subject: issued.id.to_string(),
@@ -133,7 +137,7 @@ impl House {
             not_after_ms: issued.not_after_ms,
             of: Subject::Broker(cluster.node()),
         };
-        cluster.propose(Actor::BOOTSTRAP, Asked::CertificateIssued(certificate), None).await.unwrap();
+        cluster.propose(Asker::BOOTSTRAP, Asked::CertificateIssued(certificate), None).await.unwrap();
         house
     }
 
