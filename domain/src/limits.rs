@@ -16,6 +16,8 @@ pub const APPLY_OBJECTS_MAX: usize = 10_000;
 pub const SCIM_BYTES_MAX: usize = 64 * 1024;
 /// Members added or removed by one command.
 pub const MEMBERS_CHANGE_MAX: usize = 100_000;
+/// Users in one row of a group's members.
+pub const MEMBERS_ROW_MAX: usize = 1_024;
 /// Uses of one provisioning key.
 pub const KEY_USES_MAX: u32 = 100_000;
 /// Longest life of a provisioning key or code, in milliseconds (400 days).

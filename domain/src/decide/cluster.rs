@@ -6,7 +6,7 @@ use crate::limits::{CLIENT_IDLE_MS_MAX, CLIENTS_MAX, LEASE_MS_MAX, LEASE_MS_MIN}
 use crate::rows::{AdminRole, Broker, Client, Cluster, Token};
 use crate::state::Table;
 
-use super::{Draft, VERSION, check_name, forbidden, invalid, not_found};
+use super::{Draft, VERSION, check_name, forbidden, forget, invalid, not_found};
 
 pub(super) fn init(draft: &mut Draft, init: &InitCluster) -> Result<(), Rejected> {
     if draft.state.cluster().is_some() {
@@ -65,18 +65,12 @@ pub(super) fn register_client(draft: &mut Draft, boot: u64) -> Result<(), Reject
         return Err(Rejected::new(RejectedCode::Limit, "too many proposing clients"));
     }
     for client in idle.into_iter().filter(|client| client.used_ms + CLIENT_IDLE_MS_MAX < now_ms) {
+        forget(draft, client.id(), 0, u64::MAX);
         draft.delete_quiet(Table::Client, client.id().key().to_vec());
     }
     let id = draft.next_id();
     let node = draft.proposer;
-    draft.emit(Event::ClientPut(Client {
-        id: Some(id),
-        node,
-        boot,
-        used_ms: now_ms,
-        acked_below: 1,
-        outcomes: Vec::new(),
-    }));
+    draft.emit(Event::ClientPut(Client { id: Some(id), node, boot, used_ms: now_ms, acked_below: 1 }));
     draft.ids.push(id);
     Ok(())
 }

@@ -14,16 +14,20 @@ mod remember;
 mod tests;
 mod user;
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use prost::Message as _;
 use sha2::{Digest, Sha256};
 
 use crate::command::{Actor, ActorKind, Body, Command, Rejected, RejectedCode};
 use crate::event::{Envelope, Event};
 use crate::id::Id;
+use crate::limits::MEMBERS_ROW_MAX;
 use crate::rows::{self, AdminRole, Members, Row};
-use crate::state::{Changes, IndexKey, JournalRow, State, Table};
+use crate::state::{Changes, IndexKey, JournalRow, Meta, State, Table};
 
-pub(crate) use remember::{before, remember};
+pub(crate) use remember::{before, forget, remember};
 
 /// The version of the rules that this build knows.
 pub const VERSION: u32 = 1;
@@ -37,11 +41,15 @@ pub(crate) struct Draft {
     proposer: u64,
     actor: Actor,
     changes: Changes,
+    /// What rows were, last change last; and the counters.
+    before: Vec<(Table, Vec<u8>, Option<Arc<[u8]>>)>,
+    meta_before: Meta,
 }
 
 impl Draft {
     pub fn new(mut state: State, time_ms: u64, command: &Command) -> Self {
         state.meta.time_ms = state.meta.time_ms.max(time_ms);
+        let meta_before = state.meta.clone();
         Self {
             time_ms: state.meta.time_ms,
             state,
@@ -49,7 +57,19 @@ impl Draft {
             proposer: command.proposer,
             actor: command.actor.clone(),
             changes: Changes::default(),
+            before: Vec::new(),
+            meta_before,
         }
+    }
+
+    /// Makes everything what it was before the command; time has moved all the same.
+    pub fn undo(&mut self) {
+        for (table, key, old) in std::mem::take(&mut self.before).into_iter().rev() {
+            self.state.restore(table, &key, old);
+        }
+        self.state.meta = self.meta_before.clone();
+        self.changes = Changes::default();
+        self.ids.clear();
     }
 
     /// Cluster time of the entry, milliseconds.
@@ -164,7 +184,7 @@ impl Draft {
             && let Some(user) = self.state.by_id::<rows::User>(id)
         {
             for group in &user.groups {
-                self.change_chunk(*group, user.number, false);
+                self.change_members(*group, &BTreeMap::from([(user.number, false)]));
             }
         }
         self.delete(table, id.key().to_vec());
@@ -173,6 +193,7 @@ impl Draft {
     fn evolve_members(&mut self, change: &crate::event::MembersChanged) {
         let Some(group) = change.group.and_then(|id| self.state.by_id::<rows::Group>(id)) else { return };
         let changes = change.added.iter().map(|n| (*n, true)).chain(change.removed.iter().map(|n| (*n, false)));
+        let mut changed = BTreeMap::new();
         for (number, joined) in changes {
             let Some(mut user) = self.state.find::<rows::User>(IndexKey::Number(number)) else { continue };
             match (user.groups.binary_search(&group.number), joined) {
@@ -181,36 +202,58 @@ impl Draft {
                 _ => continue,
             }
             self.put(&user);
-            self.change_chunk(group.number, number, joined);
+            changed.insert(number, joined);
+        }
+        self.change_members(group.number, &changed);
+    }
+
+    /// Enters users into the rows of a group's members, or takes them out; each row is written once.
+    fn change_members(&mut self, group: u32, changes: &BTreeMap<u32, bool>) {
+        let mut rest = changes.iter().peekable();
+        while let Some(&(&number, _)) = rest.peek() {
+            let key = Members::key_of(group, number);
+            let row = self.state.row_upto::<Members>(&key).filter(|row| row.group == group);
+            let mut row = row.unwrap_or(Members { group, from: 0, users: Vec::new() });
+            let next = self.state.row_after::<Members>(&key).filter(|next| next.group == group);
+            let was = row.users.clone();
+            while let Some((&number, &joined)) =
+                rest.next_if(|(number, _)| next.as_ref().is_none_or(|next| **number < next.from))
+            {
+                match (row.users.binary_search(&number), joined) {
+                    (Err(at), true) => row.users.insert(at, number),
+                    (Ok(at), false) => drop(row.users.remove(at)),
+                    _ => {}
+                }
+            }
+            if row.users.is_empty() && !was.is_empty() {
+                self.delete(Table::Members, row.key());
+            } else if row.users != was {
+                self.put_members(row);
+            }
         }
     }
 
-    fn change_chunk(&mut self, group: u32, user: u32, joined: bool) {
-        let chunk = user / 1_024;
-        let mut members = self.state.row::<Members>(&Members::key_of(group, chunk)).unwrap_or(Members {
-            group,
-            chunk,
-            users: Vec::new(),
-        });
-        match (members.users.binary_search(&user), joined) {
-            (Err(at), true) => members.users.insert(at, user),
-            (Ok(at), false) => drop(members.users.remove(at)),
-            _ => return,
+    /// Writes a row of members, or several when there are too many for one.
+    fn put_members(&mut self, mut row: Members) {
+        let rows = row.users.len().div_ceil(MEMBERS_ROW_MAX);
+        let each = row.users.len().div_ceil(rows.max(1));
+        while row.users.len() > each {
+            let rest = row.users.split_off(each);
+            self.put(&row);
+            row = Members { group: row.group, from: rest[0], users: rest };
         }
-        if members.users.is_empty() {
-            self.delete(Table::Members, members.key());
-        } else {
-            self.put(&members);
-        }
+        self.put(&row);
     }
 
     fn put<R: Row>(&mut self, row: &R) {
-        let change = self.state.put(row);
+        let (change, old) = self.state.put(row);
+        self.before.push((R::TABLE, change.key.clone(), old));
         self.changes.rows.push(change);
     }
 
     fn delete(&mut self, table: Table, key: Vec<u8>) {
-        let change = self.state.delete(table, key);
+        let (change, old) = self.state.delete(table, key);
+        self.before.push((table, change.key.clone(), old));
         self.changes.rows.push(change);
     }
 

@@ -1,9 +1,10 @@
 //! Outcomes that a retry may ask for again: applied once, answered as often as asked.
 
 use crate::command::{Command, Outcome, Rejected, RejectedCode};
+use crate::id::Id;
 use crate::limits::DEDUPE_WINDOW;
-use crate::rows::{Client, Idempotency, KeptOutcome};
-use crate::state::State;
+use crate::rows::{Client, ClientOutcome, Idempotency, KeptOutcome};
+use crate::state::{State, Table};
 
 use super::Draft;
 
@@ -24,7 +25,8 @@ pub(crate) fn before(state: &State, command: &Command) -> Option<Outcome> {
     if dedupe.seq < client.acked_below {
         return Some(refused(RejectedCode::DedupeWindow, "the outcome of this request is not kept any more"));
     }
-    client.outcomes.into_iter().find(|kept| kept.seq == dedupe.seq).map(from_kept)
+    let kept = state.row::<ClientOutcome>(&ClientOutcome::key_of(dedupe.client, dedupe.seq))?;
+    kept.outcome.map(from_kept)
 }
 
 /// Keeps the outcome of a command that carried a key, and answers a repeated one with the first outcome.
@@ -32,11 +34,11 @@ pub(crate) fn remember(draft: &mut Draft, command: &Command, outcome: Outcome) -
     let Some(dedupe) = &command.dedupe else { return outcome };
     let Some(mut client) = draft.state.by_id::<Client>(dedupe.client) else { return outcome };
     let kept = kept(dedupe.seq, &outcome);
-    client.acked_below =
-        client.acked_below.max(dedupe.acked_below.min(dedupe.seq)).max((dedupe.seq + 1).saturating_sub(DEDUPE_WINDOW));
     let below = client.acked_below;
-    client.outcomes.retain(|outcome| outcome.seq >= below);
-    client.outcomes.push(kept.clone());
+    client.acked_below =
+        below.max(dedupe.acked_below.min(dedupe.seq)).max(dedupe.seq.saturating_add(1).saturating_sub(DEDUPE_WINDOW));
+    forget(draft, dedupe.client, below, client.acked_below);
+    draft.put_quiet(&ClientOutcome { client: Some(dedupe.client), outcome: Some(kept.clone()) });
     client.used_ms = draft.now_ms();
     draft.put_quiet(&client);
     if let Some(key) = dedupe.idempotency {
@@ -44,6 +46,14 @@ pub(crate) fn remember(draft: &mut Draft, command: &Command, outcome: Outcome) -
         draft.put_quiet(&Idempotency { key_sha256: key.to_vec(), outcome: Some(kept), expires_ms });
     }
     outcome
+}
+
+/// Forgets the outcomes of a client's requests from `from` on, and before `to`.
+pub(crate) fn forget(draft: &mut Draft, client: Id, from: u64, to: u64) {
+    let (from, to) = (ClientOutcome::key_of(client, from), ClientOutcome::key_of(client, to));
+    for key in draft.state.keys_between(Table::ClientOutcome, &from, &to) {
+        draft.delete_quiet(Table::ClientOutcome, key);
+    }
 }
 
 fn kept(seq: u64, outcome: &Outcome) -> KeptOutcome {

@@ -44,6 +44,7 @@ impl World {
         let outcome = self.state.apply(self.now_ms, &command, &mut self.changes);
         let loaded = State::load(self.state.meta(), self.state.all_rows()).expect("the rows are a state");
         assert_eq!(loaded.state_hash(), self.state.state_hash());
+        assert!(loaded.is_same(&self.state), "what is found by name is what the rows say");
         outcome
     }
 
@@ -298,6 +299,77 @@ fn members_and_users_agree_and_a_deleted_groups_number_is_not_reused() {
     assert!(world.state.by_id::<rows::Group>(next).expect("there").number > number);
     world.done(directory, Body::DeleteUser { id: bob, version: None });
     assert_eq!(world.state.rows::<rows::Members>().count(), 0);
+}
+
+#[test]
+fn a_command_that_is_refused_halfway_leaves_nothing_behind() {
+    let mut world = World::new();
+    let owner = world.owner();
+    world.done(owner.clone(), apply(group_objects()));
+    let before = world.state.clone();
+    // The region gets other degrees and a second zone is made before the segment that names no group is refused.
+    let Body::Apply(mut change) = apply(vec![
+        put(spec::Object::Region(spec::Region { name: "eu".into(), latitude: 1.0, longitude: 2.0 })),
+        put(spec::Object::Region(spec::Region { name: "us".into(), latitude: 1.0, longitude: 2.0 })),
+        segment("lonely", "lonely.internal", "443"),
+    ]) else {
+        unreachable!("`apply` makes one")
+    };
+    change.deletes.push(spec::Key { kind: spec::Kind::ConnectorGroup, name: "g".into() });
+    assert_eq!(world.refused(owner, Body::Apply(change)), RejectedCode::NotFound);
+    assert!(world.state.is_same(&before));
+}
+
+#[test]
+fn members_of_a_large_group_stand_in_rows_of_a_bounded_size() {
+    let mut world = World::new();
+    let directory = world.directory();
+    let users: Vec<Id> = (0..2_500).map(|n| quickly(&mut world, Body::CreateUser(user(&format!("u{n}"))))[0]).collect();
+    let fields = |members| GroupFields { display_name: "all".into(), external_id: String::new(), members };
+    let odd: Vec<Id> = users.iter().copied().skip(1).step_by(2).collect();
+    let group = world.done(directory.clone(), Body::CreateGroup(fields(odd)))[0];
+    let change = |add: &[Id], remove: &[Id]| {
+        let (add, remove) = (add.to_vec(), remove.to_vec());
+        let (version, display_name, external_id, members) = (None, None, None, None);
+        Body::ChangeGroup(ChangeGroup { id: group, version, display_name, external_id, members, add, remove })
+    };
+    let rows = |world: &World| world.state.rows::<rows::Members>().collect::<Vec<_>>();
+    let numbers = |world: &World| rows(world).into_iter().flat_map(|row| row.users).collect::<Vec<_>>();
+    world.done(directory.clone(), change(&users, &[]));
+    assert_eq!(numbers(&world), (0..2_500).collect::<Vec<_>>());
+    assert!(rows(&world).iter().all(|row| row.users.len() <= crate::limits::MEMBERS_ROW_MAX));
+    assert!(rows(&world).iter().all(|row| row.users[0] >= row.from));
+    world.done(directory.clone(), change(&users[..1], &users[..2_400]));
+    assert_eq!(numbers(&world), (2_400..2_500).collect::<Vec<_>>());
+    world.done(directory.clone(), change(&users[7..8], &users[2_450..]));
+    assert_eq!(numbers(&world), [7].into_iter().chain(2_400..2_450).collect::<Vec<_>>());
+    world.done(directory, change(&[], &users));
+    assert!(rows(&world).is_empty());
+}
+
+/// Without the comparison with a state that was loaded, which is slow.
+fn quickly(world: &mut World, body: Body) -> Vec<Id> {
+    let command = Command::new(world.directory(), NODE, None, body);
+    match world.state.apply(world.now_ms, &command, &mut world.changes) {
+        Outcome::Done { ids, .. } => ids,
+        Outcome::Refused(rejected) => panic!("refused: {rejected}"),
+    }
+}
+
+#[test]
+fn a_client_that_was_idle_for_a_day_is_forgotten_with_its_outcomes() {
+    let mut world = World::new();
+    let client = world.done(Actor::BROKER, Body::RegisterClient { boot: 1 })[0];
+    let directory = world.directory();
+    for seq in 1..=3 {
+        let dedupe = Some(Dedupe { client, seq, acked_below: seq - 1, idempotency: None });
+        world.propose_with(directory.clone(), Body::CreateUser(user(&format!("u{seq}"))), dedupe);
+    }
+    let kept = |world: &World| world.state.rows::<rows::ClientOutcome>().count();
+    assert_eq!(kept(&world), 2, "what was acknowledged is not kept");
+    world.now_ms += crate::limits::CLIENT_IDLE_MS_MAX + 1;
+    world.done(Actor::BROKER, Body::RegisterClient { boot: 2 });
+    assert_eq!((kept(&world), world.state.rows::<rows::Client>().count()), (0, 1));
 }
 
 #[test]

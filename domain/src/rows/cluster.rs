@@ -124,7 +124,7 @@ impl Row for Broker {
     }
 }
 
-/// A proposing client of the log (a broker's boot) and the outcomes that a retry may ask for.
+/// A proposing client of the log (a broker's boot). Tag 5 held the outcomes, which have rows of their own.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Client {
     /// Id.
@@ -139,14 +139,37 @@ pub struct Client {
     /// Every outcome below this was received and is forgotten.
     #[prost(uint64, tag = "4")]
     pub acked_below: u64,
-    /// Kept outcomes, by sequence number.
-    #[prost(message, repeated, tag = "5")]
-    pub outcomes: Vec<KeptOutcome>,
     /// Last used.
     #[prost(uint64, tag = "6")]
     pub used_ms: u64,
 }
 by_id!(Client, Table::Client, |_r| vec![]);
+
+/// The outcome that a retry of one request may ask for.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct ClientOutcome {
+    /// The proposing client.
+    #[prost(message, optional, tag = "1")]
+    pub client: Option<Id>,
+    /// Outcome.
+    #[prost(message, optional, tag = "2")]
+    pub outcome: Option<KeptOutcome>,
+}
+
+impl ClientOutcome {
+    /// The key of a row.
+    pub fn key_of(client: Id, seq: u64) -> Vec<u8> {
+        [&client.key()[..], &seq.to_be_bytes()].concat()
+    }
+}
+
+impl Row for ClientOutcome {
+    const TABLE: Table = Table::ClientOutcome;
+
+    fn key(&self) -> Vec<u8> {
+        Self::key_of(self.client.unwrap_or_default(), self.outcome.as_ref().map_or(0, |outcome| outcome.seq))
+    }
+}
 
 /// The outcome of one request, without bodies.
 #[derive(Clone, PartialEq, prost::Message)]

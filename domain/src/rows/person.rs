@@ -106,24 +106,25 @@ by_id!(Group, Table::Group, |r| vec![
     IndexKey::Number(r.number)
 ]);
 
-/// Numbers of up to 1,024 members of a group: those whose number divided by 1,024 is `chunk`.
+/// Numbers of members of a group: those from `from` on, and before that of the group's next row. A row that would have
+/// more than [`crate::limits::MEMBERS_ROW_MAX`] is divided.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Members {
     /// Number of the group.
     #[prost(uint32, tag = "1")]
     pub group: u32,
-    /// User number / 1,024.
+    /// The least number that may stand here; 0 in the group's first row.
     #[prost(uint32, tag = "2")]
-    pub chunk: u32,
+    pub from: u32,
     /// Sorted user numbers.
     #[prost(uint32, repeated, tag = "3")]
     pub users: Vec<u32>,
 }
 
 impl Members {
-    /// The key of a chunk.
-    pub fn key_of(group: u32, chunk: u32) -> Vec<u8> {
-        [group.to_be_bytes(), chunk.to_be_bytes()].concat()
+    /// The key of a row.
+    pub fn key_of(group: u32, from: u32) -> Vec<u8> {
+        [group.to_be_bytes(), from.to_be_bytes()].concat()
     }
 }
 
@@ -131,6 +132,6 @@ impl Row for Members {
     const TABLE: Table = Table::Members;
 
     fn key(&self) -> Vec<u8> {
-        Self::key_of(self.group, self.chunk)
+        Self::key_of(self.group, self.from)
     }
 }

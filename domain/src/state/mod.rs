@@ -4,9 +4,11 @@
 //! `load(rows)` equals the state the rows came from; secondary indexes are derived and never stored.
 
 mod hash;
+mod key;
 mod read;
 mod table;
 
+use std::ops::Bound;
 use std::sync::Arc;
 
 use imbl::OrdMap;
@@ -20,6 +22,7 @@ use crate::decide::{self, Draft};
 use crate::event::Envelope;
 use crate::id::Id;
 use crate::rows::{self, Row};
+use key::{Key, Place};
 
 /// One changed row: what a replica writes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,8 +88,8 @@ pub struct Meta {
 /// The state that every broker holds.
 #[derive(Clone, Debug, Default)]
 pub struct State {
-    tables: [OrdMap<Vec<u8>, Arc<[u8]>>; Table::COUNT],
-    index: OrdMap<(Table, IndexKey), Vec<u8>>,
+    tables: [OrdMap<Key, Arc<[u8]>>; Table::COUNT],
+    index: OrdMap<Place, Key>,
     hash: StateHash,
     pub(crate) meta: Meta,
 }
@@ -119,7 +122,7 @@ impl State {
             let table = Table::from_number(row.table).ok_or(LoadError::Table(row.table))?;
             if let Some(value) = row.value {
                 let keys = table.index_of(&value).map_err(|source| LoadError::Row { table, source })?;
-                state.set(table, row.key, Some(value), Vec::new(), keys);
+                state.set(table, &row.key, Some(value), &[], &keys);
             }
         }
         if state.meta.state_hash.is_empty() || state.meta.state_hash == state.hash.to_bytes() {
@@ -136,12 +139,12 @@ impl State {
         if let Some(outcome) = decide::before(self, command) {
             return outcome;
         }
-        let mut draft = Draft::new(self.clone(), time_ms, command);
+        // The state goes into the draft, not a copy of it: a refusal is undone.
+        let mut draft = Draft::new(std::mem::take(self), time_ms, command);
         let outcome = match decide::decide(&mut draft, command) {
             Ok(()) => Outcome::Done { position: draft.state.position(), ids: draft.ids.clone() },
             Err(rejected) => {
-                // A refused command changes nothing but what is remembered of it.
-                draft = Draft::new(self.clone(), time_ms, command);
+                draft.undo();
                 Outcome::Refused(rejected)
             }
         };
@@ -204,9 +207,27 @@ impl State {
     /// Rows whose keys begin with `prefix`, in key order.
     pub fn rows_under<'a, R: Row + 'a>(&'a self, prefix: &'a [u8]) -> impl Iterator<Item = R> + 'a {
         self.tables[R::TABLE as usize]
-            .range(prefix.to_vec()..)
-            .take_while(move |(key, _)| key.starts_with(prefix))
+            .range::<_, [u8]>((Bound::Included(prefix), Bound::Unbounded))
+            .take_while(move |(key, _)| key.as_bytes().starts_with(prefix))
             .map(|(_, value)| decoded(value))
+    }
+
+    /// Keys of a table from `from` on, and before `to`.
+    pub(crate) fn keys_between(&self, table: Table, from: &[u8], to: &[u8]) -> Vec<Vec<u8>> {
+        let keys = self.tables[table as usize].range::<_, [u8]>((Bound::Included(from), Bound::Excluded(to)));
+        keys.map(|(key, _)| key.as_bytes().to_vec()).collect()
+    }
+
+    /// The last row whose key is not above `key`.
+    pub(crate) fn row_upto<R: Row>(&self, key: &[u8]) -> Option<R> {
+        let mut rows = self.tables[R::TABLE as usize].range::<_, [u8]>((Bound::Unbounded, Bound::Included(key)));
+        rows.next_back().map(|(_, value)| decoded(value))
+    }
+
+    /// The first row whose key is above `key`.
+    pub(crate) fn row_after<R: Row>(&self, key: &[u8]) -> Option<R> {
+        let mut rows = self.tables[R::TABLE as usize].range::<_, [u8]>((Bound::Excluded(key), Bound::Unbounded));
+        rows.next().map(|(_, value)| decoded(value))
     }
 
     /// Number of rows of a table.
@@ -216,7 +237,7 @@ impl State {
 
     /// The row found by something else than its key.
     pub fn find<R: Row>(&self, index: IndexKey) -> Option<R> {
-        self.row(self.index.get(&(R::TABLE, index))?)
+        self.row(self.index.get(&Place::of(R::TABLE, &index))?.as_bytes())
     }
 
     /// Every row as stored, for snapshots and tests.
@@ -224,51 +245,71 @@ impl State {
         Table::ALL.into_iter().flat_map(move |table| {
             self.tables[table as usize].iter().map(move |(key, value)| RowChange {
                 table: table as u8,
-                key: key.clone(),
+                key: key.as_bytes().to_vec(),
                 value: Some(value.clone()),
             })
         })
     }
 
-    pub(crate) fn put<R: Row>(&mut self, row: &R) -> RowChange {
+    /// Whether both have the same rows, and find them by the same.
+    #[cfg(test)]
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        self.tables == other.tables && self.index == other.index
+    }
+
+    /// Writes a row; answers what was there, too.
+    pub(crate) fn put<R: Row>(&mut self, row: &R) -> (RowChange, Option<Arc<[u8]>>) {
         let key = row.key();
         let value: Arc<[u8]> = row.encode_to_vec().into();
         let before = self.row::<R>(&key).map(|old| old.index()).unwrap_or_default();
-        self.set(R::TABLE, key.clone(), Some(value.clone()), before, row.index());
-        RowChange { table: R::TABLE as u8, key, value: Some(value) }
+        let old = self.set(R::TABLE, &key, Some(value.clone()), &before, &row.index());
+        (RowChange { table: R::TABLE as u8, key, value: Some(value) }, old)
     }
 
-    pub(crate) fn delete(&mut self, table: Table, key: Vec<u8>) -> RowChange {
-        let before =
-            self.tables[table as usize].get(&key).and_then(|value| table.index_of(value).ok()).unwrap_or_default();
-        self.set(table, key.clone(), None, before, Vec::new());
-        RowChange { table: table as u8, key, value: None }
+    /// Deletes a row; answers what was there, too.
+    pub(crate) fn delete(&mut self, table: Table, key: Vec<u8>) -> (RowChange, Option<Arc<[u8]>>) {
+        let old = self.set(table, &key, None, &self.index_of(table, &key), &[]);
+        (RowChange { table: table as u8, key, value: None }, old)
+    }
+
+    /// Makes a row what it was.
+    pub(crate) fn restore(&mut self, table: Table, key: &[u8], old: Option<Arc<[u8]>>) {
+        let before = self.index_of(table, key);
+        let after = old.as_ref().and_then(|old| table.index_of(old).ok()).unwrap_or_default();
+        self.set(table, key, old, &before, &after);
+    }
+
+    fn index_of(&self, table: Table, key: &[u8]) -> Vec<IndexKey> {
+        self.stored(table, key).and_then(|value| table.index_of(value).ok()).unwrap_or_default()
     }
 
     fn set(
         &mut self,
         table: Table,
-        key: Vec<u8>,
+        key: &[u8],
         value: Option<Arc<[u8]>>,
-        before: Vec<IndexKey>,
-        after: Vec<IndexKey>,
-    ) {
-        for index in before {
-            self.index.remove(&(table, index));
-        }
-        for index in after {
-            self.index.insert((table, index), key.clone());
-        }
-        let old = match &value {
-            Some(value) => self.tables[table as usize].insert(key.clone(), value.clone()),
-            None => self.tables[table as usize].remove(&key),
-        };
-        if let Some(old) = old {
-            self.hash.remove(table, &key, &old);
+        before: &[IndexKey],
+        after: &[IndexKey],
+    ) -> Option<Arc<[u8]>> {
+        if before != after {
+            for index in before {
+                self.index.remove(&Place::of(table, index));
+            }
+            for index in after {
+                self.index.insert(Place::of(table, index), key.into());
+            }
         }
         if let Some(value) = &value {
-            self.hash.add(table, &key, value);
+            self.hash.add(table, key, value);
         }
+        let old = match value {
+            Some(value) => self.tables[table as usize].insert(key.into(), value),
+            None => self.tables[table as usize].remove(key),
+        };
+        if let Some(old) = &old {
+            self.hash.remove(table, key, old);
+        }
+        old
     }
 }
 

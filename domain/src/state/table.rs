@@ -86,6 +86,8 @@ tables! {
     Idempotency = 22: rows::Idempotency,
     /// Export cursors.
     Cursor = 23: rows::Cursor,
+    /// Outcomes of proposing clients' requests.
+    ClientOutcome = 24: rows::ClientOutcome,
 }
 
 /// What a row is found by besides its key; unique within its table.
