@@ -1,7 +1,9 @@
 //! The handle that the broker uses.
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use futures::Stream;
@@ -14,6 +16,7 @@ use selvedge_proto::peer::peer_client::PeerClient;
 use selvedge_proto::peer::peer_server::PeerServer;
 use selvedge_proto::peer::raft_server::RaftServer;
 use selvedge_storage::engine::{Engine, rocks::Rocks};
+use selvedge_storage::room::{Room, Roomy};
 use selvedge_storage::state::StateStore;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -21,6 +24,7 @@ use tokio_util::task::TaskTracker;
 use tonic::Request;
 use tonic::service::Routes;
 
+use crate::acquaintance::{self, Acquaintances};
 use crate::config::Options;
 use crate::core::Core;
 use crate::dial::{Dialer, PeerChannel, Purpose};
@@ -33,13 +37,13 @@ use crate::log_store::LogStore;
 use crate::machine::Machine;
 use crate::network::{MESSAGE_BYTES_MAX, Network};
 use crate::propose::Done;
-use crate::published::{Published, ToEnforce};
+use crate::published::{HashesAt, Published, ToEnforce};
 use crate::raft_types::seeded;
 use crate::service::{PeerService, RaftService};
-use crate::snapshot::Snapshots;
+use crate::snapshot::{self, SnapshotHead, Snapshots};
 use crate::status::{Status, status};
 use crate::transport::Listener;
-use crate::{housekeeping, listen, membership, metrics, read};
+use crate::{housekeeping, listen, membership, metrics, read, watchdog};
 
 const SNAPSHOT_DIR: &str = "snapshots";
 const TRANSFER_TIMEOUT: Duration = Duration::from_secs(3);
@@ -62,17 +66,35 @@ impl Cluster {
         let (log_path, state_path) = (options.dir.log_path(), options.dir.state_path());
         let engines = options.blocking.run(move || Ok((Rocks::open_log(&log_path), Rocks::open_state(&state_path)))).await;
         let (log, state) = engines.map_err(Error::State)?;
-        Self::start_on(options, Arc::new(log?), Arc::new(state?)).await
+        let (dir, log_path, state_path) =
+            (options.dir.path().to_owned(), options.dir.log_path(), options.dir.state_path());
+        let ballast_bytes = options.preset.ballast_bytes();
+        let room = options.blocking.run(move || {
+            let room = Room::new(&[&dir, &log_path, &state_path], ballast_bytes);
+            Ok(room.and_then(|room| room.lay_ballast().map(|()| Arc::new(room))))
+        });
+        let room = room.await.map_err(Error::State)??;
+        let (log, state) = (Roomy::shared(Arc::new(log?), &room), Roomy::shared(Arc::new(state?), &room));
+        Self::launch(options, log, state, Some(room)).await
     }
 
     /// [`Cluster::start`] on other engines than the directory's own.
     ///
     /// **Errors**: as [`Cluster::start`].
     pub async fn start_on(options: Options, log: Arc<dyn Engine>, state: Arc<dyn Engine>) -> Result<Self, Error> {
+        Self::launch(options, log, state, None).await
+    }
+
+    async fn launch(
+        options: Options,
+        log: Arc<dyn Engine>,
+        state: Arc<dyn Engine>,
+        room: Option<Arc<Room>>,
+    ) -> Result<Self, Error> {
         metrics::describe();
         let runtime = options.runtime.clone().unwrap_or_else(tokio::runtime::Handle::current);
         let handle = runtime.clone();
-        let started = runtime.spawn(async move { start(options, log, state, handle).await });
+        let started = runtime.spawn(async move { start(options, log, state, room, handle).await });
         started.await.map_err(|_| Error::Raft("starting panicked".to_owned()))?
     }
 
@@ -198,6 +220,15 @@ impl Cluster {
         events::stream(self.core.clone(), from_seq)
     }
 
+    /// Writes the state, as this broker has applied it, to a new file, durably; nothing is there under that name before
+    /// it is whole.
+    ///
+    /// **Errors**: [`Error::State`]; one that is there already is left alone.
+    pub async fn save_snapshot(&self, path: PathBuf) -> Result<SnapshotHead, Error> {
+        let store = self.core.store.clone();
+        self.core.blocking.run(move || snapshot::save(&store, &path)).await.map_err(Error::State)
+    }
+
     /// This broker's freshness lease.
     pub fn lease(&self) -> &Arc<Lease> {
         &self.core.lease
@@ -228,6 +259,11 @@ impl Cluster {
     /// Whether this broker leads, as far as it knows.
     pub fn leads(&self) -> bool {
         self.core.leads()
+    }
+
+    /// The hashes after the entries from `index` on that were applied here lately, in order.
+    pub fn hashes(&self, index: u64) -> Vec<HashesAt> {
+        self.core.published.hashes_from(index)
     }
 
     /// How the cluster looks from here.
@@ -280,6 +316,7 @@ async fn start(
     options: Options,
     log: Arc<dyn Engine>,
     state: Arc<dyn Engine>,
+    room: Option<Arc<Room>>,
     runtime: tokio::runtime::Handle,
 ) -> Result<Cluster, Error> {
     let node = options.dir.node_id();
@@ -288,9 +325,11 @@ async fn start(
     let store = blocking.run(move || Ok(StateStore::open(state))).await.map_err(Error::State)??;
     let (log, store) = (LogStore::new(log), Arc::new(store));
     let old_log_index = log.log().bounds().last.map_or(0, |last| last.index);
+    let fatal = watch::Sender::new(None);
+    let acquaintances = Acquaintances::new(node, log.log().clone(), options.clock.clone(), fatal.clone());
     let (published, to_enforce) = Published::new(options.clock.clone(), old_log_index);
     let snapshot_dir = options.dir.path().join(SNAPSHOT_DIR);
-    let machine = Machine::open(store.clone(), snapshot_dir, published.clone(), blocking.clone());
+    let machine = Machine::open(store.clone(), snapshot_dir, published.clone(), blocking.clone(), fatal.clone());
     let machine = machine.await.map_err(Error::State)?;
     let snapshots = machine.snapshots();
 
@@ -302,13 +341,12 @@ async fn start(
     let config = options.preset.raft(&hex::encode(options.cluster_id)).validate();
     let config = Arc::new(config.map_err(|error| Error::Raft(error.to_string()))?);
     let append_timeout = Duration::from_millis(options.preset.election_ms().1);
-    let network = Network { dialer: dialer.clone(), append_timeout, blocking: blocking.clone() };
+    let network = Network { dialer: dialer.clone(), acquaintances: acquaintances.clone(), append_timeout, blocking: blocking.clone() };
     let seed = options.seed.unwrap_or_else(rand::random);
     let raft = seeded(seed, openraft::Raft::new(node, config, network, log.clone(), machine)).await;
     let raft = raft.map_err(|error| Error::Raft(error.to_string()))?;
-    if log.log().suspect().is_some() {
-        raft.runtime_config().elect(false);
-    }
+    // Until it has met enough of the others.
+    raft.runtime_config().elect(false);
 
     let (queue, queued) = mpsc::channel(QUEUE_COMMANDS_MAX);
     let started_ms = options.clock.boottime_ms();
@@ -320,6 +358,9 @@ async fn start(
         clock: options.clock.clone(),
         blocking,
         raft,
+        acquaintances,
+        room,
+        closed_to_writes: Mutex::default(),
         log,
         store,
         dialer,
@@ -332,11 +373,15 @@ async fn start(
         holders: Mutex::default(),
         clocks: Mutex::default(),
         sessions: Default::default(),
+        streams: Default::default(),
+        rounds: Default::default(),
         queue,
+        changing: tokio::sync::Mutex::default(),
         seen: Mutex::default(),
         longest_lease: Mutex::default(),
         started_ms,
-        fatal: watch::Sender::new(None),
+        leaving: AtomicBool::new(false),
+        fatal,
         stop: CancellationToken::new(),
         tasks: TaskTracker::new(),
         _dir: Some(options.dir.clone()),
@@ -354,7 +399,7 @@ fn spawn(
     to_enforce: mpsc::Receiver<ToEnforce>,
     queued: mpsc::Receiver<leader::Pending>,
 ) {
-    let raft = RaftService { raft: core.raft.clone(), log: core.log.log().clone(), snapshots };
+    let raft = RaftService { raft: core.raft.clone(), acquaintances: core.acquaintances.clone(), snapshots };
     let raft =
         RaftServer::new(raft).max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX);
     let peer = PeerServer::new(PeerService(core.clone()))
@@ -389,7 +434,11 @@ fn spawn(
     tasks.spawn(leader::batch(core.clone(), queued));
     tasks.spawn(leader::keep_time(core.clone()));
     tasks.spawn(read::keep_lease(core.clone()));
+    tasks.spawn(acquaintance::keep(core.clone()));
+    tasks.spawn(watchdog::watch_writes(core.clone()));
+    tasks.spawn(watchdog::watch_room(core.clone()));
     tasks.spawn(housekeeping::watch(core.clone()));
     tasks.spawn(housekeeping::keep_connected(core.clone()));
     tasks.spawn(housekeeping::keep_log_short(core.clone()));
+    tasks.spawn(membership::keep(core.clone()));
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use openraft::async_runtime::WatchReceiver as _;
@@ -9,23 +10,28 @@ use parking_lot::Mutex;
 use selvedge_domain::{Id, State, limits, rows};
 use selvedge_proto::peer::peer_client::PeerClient;
 use selvedge_storage::DataDir;
+use selvedge_storage::room::Room;
 use selvedge_storage::state::StateStore;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::acquaintance::Acquaintances;
+use crate::blocking::Blocking;
 use crate::clock::Clock;
 use crate::config::LogLimits;
 use crate::dial::{Dialer, PeerChannel, Purpose};
-use crate::enforce::{EnforcedAt, Reports};
+use crate::enforce::Reports;
 use crate::error::{Error, Fatal};
 use crate::leader::{Holders, PeerClocks, Pending};
 use crate::lease::{Lease, surely_over_ms};
 use crate::log_store::LogStore;
 use crate::network::MESSAGE_BYTES_MAX;
 use crate::propose::Sessions;
+use crate::propose_stream::Streams;
 use crate::published::Published;
 use crate::raft_types::{Raft, TypeConfig};
+use crate::read::Rounds;
 
 pub(crate) struct Core {
     pub(crate) node: u64,
@@ -33,31 +39,59 @@ pub(crate) struct Core {
     pub(crate) cluster_id: [u8; 16],
     pub(crate) limits: LogLimits,
     pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) blocking: Blocking,
     pub(crate) raft: Raft,
+    pub(crate) acquaintances: Acquaintances,
+    /// The disks, where there are any.
+    pub(crate) room: Option<Arc<Room>>,
+    /// Why this broker takes no new writes.
+    pub(crate) closed_to_writes: Mutex<Option<NoWrites>>,
     pub(crate) log: LogStore,
     pub(crate) store: Arc<StateStore>,
     pub(crate) dialer: Dialer,
     pub(crate) published: Arc<Published>,
     pub(crate) lease: Arc<Lease>,
-    pub(crate) enforced: watch::Sender<EnforcedAt>,
+    /// Index after the last entry enforced; the freshness lease follows it.
+    pub(crate) enforced: watch::Sender<u64>,
+    /// What counts as enforced for others: confirmed from afar too, so never ahead of it.
+    pub(crate) confirmed: watch::Sender<Id>,
     pub(crate) reports: Mutex<Reports>,
     /// Counts reports received.
     pub(crate) reported: watch::Sender<u64>,
     pub(crate) holders: Mutex<Holders>,
     pub(crate) clocks: Mutex<PeerClocks>,
     pub(crate) sessions: Sessions,
+    /// Proposals on their way to the leader.
+    pub(crate) streams: Streams,
+    pub(crate) rounds: Rounds,
     /// Commands that this broker, if it leads, puts into entries.
     pub(crate) queue: mpsc::Sender<Pending>,
+    /// Held while this broker, as the leader, changes the membership: one change at a time.
+    pub(crate) changing: tokio::sync::Mutex<()>,
     /// When nodes were last seen as members, boottime in milliseconds.
     pub(crate) seen: Mutex<BTreeMap<u64, u64>>,
     /// The longest lease that may still run somewhere, and until when it counts (boottime, milliseconds).
     pub(crate) longest_lease: Mutex<(u64, u64)>,
     pub(crate) started_ms: u64,
+    /// It will stop once it has handed leadership over.
+    pub(crate) leaving: AtomicBool,
     pub(crate) fatal: watch::Sender<Option<Fatal>>,
     pub(crate) stop: CancellationToken,
     pub(crate) tasks: TaskTracker,
     /// Locked while this lives.
     pub(crate) _dir: Option<Arc<DataDir>>,
+}
+
+/// How long a leader that must stop waits for another.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Why a broker takes no new writes for the time being.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NoWrites {
+    /// A disk is nearly full.
+    NoRoom,
+    /// A disk does not answer.
+    Stalled,
 }
 
 /// This broker is stopping.
@@ -157,15 +191,29 @@ impl Core {
         }
     }
 
+    /// Says that this broker must stop, once it has handed leadership over if it has it.
+    pub(crate) fn fail_after_transfer(self: &Arc<Self>, fatal: Fatal) {
+        if self.leaving.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let core = self.clone();
+        self.tasks.spawn(async move {
+            if core.leads() {
+                tracing::error!(code = fatal.code(), reason = %fatal, "this leader hands over before it stops");
+                if let Err(error) = crate::membership::transfer(&core, None).await {
+                    tracing::warn!(%error, "leadership cannot be handed over");
+                }
+                let deadline = tokio::time::Instant::now() + LEAVE_TIMEOUT;
+                while core.leads() && tokio::time::Instant::now() < deadline {
+                    tokio::time::sleep(LEAVE_TIMEOUT / 100).await;
+                }
+            }
+            core.fail(fatal);
+        });
+    }
+
     /// Says that this broker must stop; the first reason stays.
     pub(crate) fn fail(&self, fatal: Fatal) {
-        self.fatal.send_if_modified(|first| {
-            if first.is_some() {
-                return false;
-            }
-            tracing::error!(code = fatal.code(), reason = %fatal, "this broker must stop");
-            *first = Some(fatal);
-            true
-        });
+        fatal.report(&self.fatal);
     }
 }

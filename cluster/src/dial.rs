@@ -7,11 +7,7 @@ use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use parking_lot::{Mutex, RwLock};
-use rustls_pki_types::ServerName;
 use selvedge_proto::identity::{Kind, Peer as PeerIdentity, SpiffeId};
-use selvedge_proto::tls;
-use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
@@ -20,6 +16,7 @@ use tower::service_fn;
 
 use crate::listen::Claim;
 use crate::published::Published;
+use crate::transport::{Stream, Transport};
 
 /// How long a connection may take to be there, handshake included.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -63,6 +60,7 @@ pub(crate) enum Purpose {
     Raft,
     Snapshot,
     Control,
+    Propose,
     Extra,
 }
 
@@ -77,7 +75,7 @@ pub(crate) struct Dialer {
 
 struct Inner {
     stamp: Stamp,
-    tls: Arc<rustls::ClientConfig>,
+    transport: Arc<dyn Transport>,
     via: Option<DialOverride>,
     /// Addresses of nodes that the state does not know yet.
     learned: RwLock<BTreeMap<u64, String>>,
@@ -89,11 +87,11 @@ impl Dialer {
         cluster: &[u8; 16],
         node: u64,
         published: Arc<Published>,
-        tls: Arc<rustls::ClientConfig>,
+        transport: Arc<dyn Transport>,
         via: Option<DialOverride>,
     ) -> Self {
         let stamp = Stamp { cluster: hex::encode(cluster), node, published };
-        Self { inner: Arc::new(Inner { stamp, tls, via, learned: RwLock::default(), channels: Mutex::default() }) }
+        Self { inner: Arc::new(Inner { stamp, transport, via, learned: RwLock::default(), channels: Mutex::default() }) }
     }
 
     /// Remembers where a node listens until the state says so.
@@ -150,26 +148,20 @@ impl Inner {
             .or_else(|| self.learned.read().get(&node).cloned())
     }
 
-    async fn connect(&self, target: &Target) -> io::Result<tokio_rustls::client::TlsStream<TcpStream>> {
+    async fn connect(&self, target: &Target) -> io::Result<Box<dyn Stream>> {
         let address = match target {
             Target::Node(node) => self
                 .address(*node)
                 .ok_or_else(|| io::Error::other(format!("the address of broker `{node}` is not known")))?,
             Target::Address(address) => address.clone(),
         };
-        let tcp = TcpStream::connect(&address).await?;
-        tcp.set_nodelay(true)?;
-        let host = address.rsplit_once(':').map_or(&*address, |(host, _)| host).trim_matches(['[', ']']);
-        let name = ServerName::try_from(host.to_owned())
-            .map_err(|_| io::Error::other(format!("`{host}` is not a host name")))?;
-        let stream = TlsConnector::from(self.tls.clone()).connect(name, tcp).await?;
-        let peer = tls::peer_of(stream.get_ref().1).map_err(io::Error::other)?;
+        let link = self.transport.connect(&address).await?;
         if let Target::Node(node) = target
-            && node_of(&peer) != Some(*node)
+            && node_of(&link.peer) != Some(*node)
         {
-            return Err(io::Error::other(format!("`{address}` is `{}`, not broker `{node}`", peer.id)));
+            return Err(io::Error::other(format!("`{address}` is `{}`, not broker `{node}`", link.peer.id)));
         }
-        Ok(stream)
+        Ok(link.stream)
     }
 }
 

@@ -14,7 +14,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::Instant;
 use tonic::Request;
 
-use crate::core::Core;
+use crate::core::{Core, NoWrites};
 use crate::dial::Purpose;
 use crate::lease::surely_over_ms;
 use crate::metrics::{CLOCK_OFFSET_MS, CREDENTIALS_REFUSED_TOTAL, ENTRY_COMMANDS, QUEUE_COMMANDS};
@@ -28,6 +28,8 @@ pub const ENTRY_COMMANDS_MAX: usize = 1_024;
 pub const ENTRY_BYTES_MAX: usize = 1 << 20;
 /// Entries of commands that are not yet answered.
 pub const ENTRIES_IN_FLIGHT_MAX: usize = 4;
+/// When to try again, told to who is answered busy.
+pub(crate) const BUSY_RETRY_AFTER_MS: u64 = 100;
 /// After so long an entry's commands are answered *unknown*, and block none behind it.
 const ENTRY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Without anything to write, time moves by a tick.
@@ -57,6 +59,8 @@ pub(crate) enum Answer {
     NotLeader(Option<u64>),
     /// Certainly not applied.
     Busy,
+    /// Certainly not applied: a disk of the leader is nearly full.
+    NoRoom,
     /// May be applied, now or later.
     Unknown,
 }
@@ -137,9 +141,19 @@ fn answer_all(answers: Vec<oneshot::Sender<Answer>>, with: impl Fn() -> Answer) 
 
 impl Core {
     /// Puts a command into this broker's queue, as its leader, once its actor has proven to be who it says.
-    pub(crate) async fn enqueue(&self, actor: &Actor, credential: Option<&Credential>, command: Bytes) -> Answer {
+    pub(crate) async fn enqueue(
+        self: &Arc<Self>,
+        actor: &Actor,
+        credential: Option<&Credential>,
+        command: Bytes,
+    ) -> Answer {
         if !self.leads() {
             return Answer::NotLeader(self.leader().filter(|leader| *leader != self.node));
+        }
+        match *self.closed_to_writes.lock() {
+            Some(NoWrites::NoRoom) => return Answer::NoRoom,
+            Some(NoWrites::Stalled) => return Answer::Busy,
+            None => {}
         }
         match self.verify(actor, credential).await {
             Ok(true) => {}
@@ -160,7 +174,7 @@ impl Core {
 
 impl Core {
     /// Whether a credential stands for this actor, in a state that holds everything committed before.
-    async fn verify(&self, actor: &Actor, credential: Option<&Credential>) -> Result<bool, Answer> {
+    async fn verify(self: &Arc<Self>, actor: &Actor, credential: Option<&Credential>) -> Result<bool, Answer> {
         if matches!(actor.kind, ActorKind::Broker | ActorKind::Bootstrap) {
             return Ok(credential.is_none());
         }

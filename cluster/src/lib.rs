@@ -7,6 +7,9 @@
 //! This crate does not know what a session is, nor what commands mean: that is `selvedge_domain`.
 #![warn(missing_docs)]
 
+mod acquaintance;
+pub mod at_rest;
+mod blocking;
 mod clock;
 mod cluster;
 mod config;
@@ -26,25 +29,32 @@ mod membership;
 pub mod metrics;
 mod network;
 mod propose;
+mod propose_stream;
 mod published;
 mod raft_types;
 mod read;
 mod service;
 mod snapshot;
 mod status;
+mod transport;
+mod watchdog;
 
-pub use clock::{Clock, SystemClock};
+pub use blocking::Blocking;
+pub use clock::{Clock, ShiftedClock, SystemClock};
 pub use cluster::Cluster;
 pub use config::{LogLimits, Options, Preset};
 pub use dial::{DialOverride, PeerChannel, Stamp, broker_id, node_of};
-pub use enforce::{Enforced, Enforcer, How, NothingToEnforce, Receipt};
+pub use enforce::{Confirmation, Enforced, Enforcer, How, NothingToEnforce, Receipt};
 pub use error::{Error, Fatal, ProposeError};
 pub use events::{FRAME_BYTES_MAX, Frame};
 pub use lease::Lease;
 pub use listen::Caller;
 pub use membership::MEMBERS_MAX;
 pub use propose::{COMMAND_BYTES_MAX, Done, PROPOSAL_TIMEOUT};
+pub use snapshot::SnapshotHead;
+pub use published::HashesAt;
 pub use status::{Member, Status};
+pub use transport::{Handshake, Link, Listener, Stream, Tls, Transport};
 
 /// The stores as the consensus library sees them, for its own test suite.
 #[doc(hidden)]
@@ -69,7 +79,7 @@ pub mod store {
         let log = Log::open(log).map_err(std::io::Error::other)?;
         let store = StateStore::open(state).map_err(std::io::Error::other)?;
         let (published, _) = crate::published::Published::new(crate::SystemClock::shared(), 0);
-        let machine = Machine::open(Arc::new(store), snapshot_dir, published).await?;
+        let machine = Machine::open(Arc::new(store), snapshot_dir, published, crate::Blocking::Threads, tokio::sync::watch::Sender::new(None)).await?;
         Ok((LogStore::new(log), machine))
     }
 }

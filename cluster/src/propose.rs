@@ -1,6 +1,7 @@
 //! Proposals from any broker: a session of its own with the log, so that a retry is applied once.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -10,13 +11,10 @@ use selvedge_domain::command::Dedupe;
 use selvedge_domain::{Actor, Asker, Body, Command, Credential, Id, Outcome, Rejected, RejectedCode, limits};
 use selvedge_proto::peer as wire;
 use tokio::time::Instant;
-use tonic::{Code, Request, Status};
 
-use crate::convert;
 use crate::core::Core;
-use crate::dial::Purpose;
 use crate::error::ProposeError;
-use crate::leader::Answer;
+use crate::leader::{Answer, BUSY_RETRY_AFTER_MS};
 use crate::metrics::{PROPOSAL_SECONDS, PROPOSALS_TOTAL};
 
 /// Bytes of one encoded command.
@@ -29,9 +27,10 @@ pub const REQUESTS_OPEN_MAX: u64 = limits::DEDUPE_WINDOW / 2;
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(3);
 /// One attempt at this broker's own queue, when it leads: longer than an entry may take to be answered.
 const ENQUEUED_TIMEOUT: Duration = Duration::from_secs(8);
+/// A proposal is retried for so long at leaders without room.
+const NO_ROOM_TIMEOUT: Duration = Duration::from_secs(2);
 const RETRY_MIN: Duration = Duration::from_millis(20);
 const RETRY_MAX: Duration = Duration::from_millis(300);
-const BUSY_RETRY_AFTER_MS: u64 = 100;
 
 /// What a proposal did.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -103,7 +102,7 @@ impl Sessions {
 impl Core {
     /// Proposes a command; returns once this broker has applied it.
     pub(crate) async fn propose(
-        &self,
+        self: &Arc<Self>,
         asker: Asker,
         body: Body,
         idempotency: Option<[u8; 32]>,
@@ -115,6 +114,7 @@ impl Core {
             Err(ProposeError::Refused(_)) => "refused",
             Err(ProposeError::Unknown) => "unknown",
             Err(ProposeError::Busy { .. }) => "busy",
+            Err(ProposeError::NoRoom) => "no_room",
             Err(ProposeError::Unavailable) => "unavailable",
         };
         ::metrics::counter!(PROPOSALS_TOTAL, "outcome" => outcome).increment(1);
@@ -123,7 +123,7 @@ impl Core {
     }
 
     async fn propose_until(
-        &self,
+        self: &Arc<Self>,
         asker: Asker,
         body: Body,
         idempotency: Option<[u8; 32]>,
@@ -152,7 +152,7 @@ impl Core {
     }
 
     /// Proposes the first command of a cluster, for which nobody can be registered.
-    pub(crate) async fn propose_first(&self, body: Body) -> Result<Done, ProposeError> {
+    pub(crate) async fn propose_first(self: &Arc<Self>, body: Body) -> Result<Done, ProposeError> {
         let deadline = Instant::now() + PROPOSAL_TIMEOUT;
         let command = Command::new(Actor::BOOTSTRAP, self.node, None, body);
         let outcome = self.submit(&command, None, deadline).await?;
@@ -174,7 +174,7 @@ impl Core {
     }
 
     /// This broker's client id; registers it once a boot.
-    async fn client(&self, deadline: Instant) -> Result<Id, ProposeError> {
+    async fn client(self: &Arc<Self>, deadline: Instant) -> Result<Id, ProposeError> {
         if let Some(client) = self.sessions.client() {
             return Ok(client);
         }
@@ -201,21 +201,26 @@ impl Core {
 
     /// Brings a command to the leader until it is answered.
     async fn submit(
-        &self,
+        self: &Arc<Self>,
         command: &Command,
         credential: Option<&Credential>,
-        deadline: Instant,
+        mut deadline: Instant,
     ) -> Result<Outcome, ProposeError> {
         let bytes = Bytes::from(command.encode());
         if bytes.len() > COMMAND_BYTES_MAX {
             let message = format!("a command has at most {COMMAND_BYTES_MAX} bytes");
             return Err(ProposeError::Refused(Rejected::new(RejectedCode::Limit, message)));
         }
+        let begun = Instant::now();
         let mut maybe_applied = false;
-        let mut busy = false;
+        let (mut busy, mut no_room) = (false, false);
         let mut retry = RETRY_MIN;
         let mut hint = None;
         loop {
+            if no_room {
+                // Whoever has room leads soon, if there is one.
+                deadline = deadline.min(begun + NO_ROOM_TIMEOUT);
+            }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() || self.stop.is_cancelled() {
                 break;
@@ -227,12 +232,17 @@ impl Core {
                     let answer = self.enqueue(&command.actor, credential, bytes.clone());
                     tokio::time::timeout(left.min(ENQUEUED_TIMEOUT), answer).await.unwrap_or(Answer::Unknown)
                 }
-                Some(leader) => self.forward(leader, bytes.clone(), credential, left.min(ATTEMPT_TIMEOUT)).await,
+                Some(leader) => {
+                    let credential = credential.map(|credential| credential.reveal().to_owned()).unwrap_or_default();
+                    let request = wire::ProposeRequest { command: bytes.to_vec(), credential };
+                    self.forward(leader, request, left.min(ATTEMPT_TIMEOUT)).await
+                }
             };
             match answer {
                 Answer::Outcome(outcome) => return Ok(outcome),
                 Answer::NotLeader(leader) => hint = leader.filter(|leader| *leader != self.node),
                 Answer::Busy => busy = true,
+                Answer::NoRoom => no_room = true,
                 Answer::Unknown => maybe_applied = true,
             }
             // A hint that the local view does not share is followed at once, but only a few times in a row.
@@ -243,10 +253,11 @@ impl Core {
             }
             retry = (retry * 2).min(RETRY_MAX);
         }
-        Err(match (maybe_applied, busy) {
-            (true, _) => ProposeError::Unknown,
-            (false, true) => ProposeError::Busy { retry_after_ms: BUSY_RETRY_AFTER_MS },
-            (false, false) => ProposeError::Unavailable,
+        Err(match (maybe_applied, no_room, busy) {
+            (true, _, _) => ProposeError::Unknown,
+            (false, true, _) => ProposeError::NoRoom,
+            (false, false, true) => ProposeError::Busy { retry_after_ms: BUSY_RETRY_AFTER_MS },
+            (false, false, false) => ProposeError::Unavailable,
         })
     }
 
@@ -262,51 +273,6 @@ impl Core {
             }
         }
     }
-
-    async fn forward(
-        &self,
-        leader: u64,
-        command: Bytes,
-        credential: Option<&Credential>,
-        timeout: Duration,
-    ) -> Answer {
-        let credential = credential.map(|credential| credential.reveal().to_owned()).unwrap_or_default();
-        let mut request = Request::new(wire::ProposeRequest { command: command.to_vec(), credential });
-        request.set_timeout(timeout);
-        let mut client = self.peer_client(leader, Purpose::Control);
-        use wire::propose_reply::Result as Reply;
-        let answer = tokio::select! {
-            answer = tokio::time::timeout(timeout, client.propose(request)) => answer,
-            // The old leader may be gone without a word; a retry with the same number is applied once.
-            () = self.led_by_another(leader) => return Answer::Unknown,
-        };
-        match answer {
-            Ok(Ok(reply)) => match reply.into_inner().result {
-                Some(Reply::Done(done)) => Answer::Outcome(convert::done_back(done)),
-                Some(Reply::Refused(refused)) => Answer::Outcome(convert::refused_back(refused)),
-                Some(Reply::NotLeader(not)) => Answer::NotLeader((not.leader != 0).then_some(not.leader)),
-                Some(Reply::Busy(_)) => Answer::Busy,
-                Some(Reply::Unknown(_)) | None => Answer::Unknown,
-            },
-            Ok(Err(status)) if was_not_sent(&status) => Answer::NotLeader(None),
-            Ok(Err(_)) | Err(_) => Answer::Unknown,
-        }
-    }
-}
-
-/// Whether a call certainly did nothing: it was refused at the door, or there was no connection.
-fn was_not_sent(status: &Status) -> bool {
-    if matches!(status.code(), Code::PermissionDenied | Code::Unauthenticated | Code::InvalidArgument) {
-        return true;
-    }
-    let mut source = std::error::Error::source(status);
-    while let Some(error) = source {
-        if error.is::<tonic::ConnectError>() {
-            return true;
-        }
-        source = error.source();
-    }
-    false
 }
 
 #[cfg(test)]

@@ -1,22 +1,27 @@
 //! Reads that need a quorum: linearizable states, the freshness lease, and who may hold one.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use openraft::errors::{LinearizableReadError, RaftError};
 use openraft::{LinearizerOption, ReadPolicy};
+use parking_lot::Mutex;
 use selvedge_domain::State;
 use selvedge_proto::peer as wire;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
 use tonic::Request;
 
 use crate::core::Core;
 use crate::dial::Purpose;
 use crate::error::Error;
-use crate::metrics::{LEASE_LEFT_SECONDS, LEASE_RENEWALS_TOTAL};
+use crate::metrics::LEASE_RENEWALS_TOTAL;
 
 const RETRY_INTERVAL: Duration = Duration::from_millis(30);
 /// One attempt at a leader that does not answer.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(2);
+/// One round of asking for reads.
+const ROUND_TIMEOUT: Duration = Duration::from_secs(5);
 /// Renewals of the freshness lease are no closer together.
 pub const RENEW_INTERVAL_MIN: Duration = Duration::from_millis(250);
 
@@ -25,6 +30,27 @@ pub const RENEW_INTERVAL_MIN: Duration = Duration::from_millis(250);
 pub(crate) enum NoReadIndex {
     NotLeader(Option<u64>),
     NoQuorum,
+}
+
+/// Linearizable reads that wait for a read index.
+#[derive(Default)]
+pub(crate) struct Rounds {
+    inner: Mutex<Waiting>,
+}
+
+#[derive(Default)]
+struct Waiting {
+    waiting: Vec<oneshot::Sender<Option<u64>>>,
+    running: bool,
+}
+
+impl Rounds {
+    /// Who waits for the next round; none ends the asking.
+    fn next(&self) -> Option<Vec<oneshot::Sender<Option<u64>>>> {
+        let mut inner = self.inner.lock();
+        inner.running = !inner.waiting.is_empty();
+        inner.running.then(|| std::mem::take(&mut inner.waiting))
+    }
 }
 
 impl Core {
@@ -88,21 +114,45 @@ impl Core {
         }
     }
 
+    /// A read index that was asked for after this call; calls that wait at the same time share the asking.
+    async fn shared_read_index(self: &Arc<Self>) -> Result<u64, Error> {
+        let (answer, answered) = oneshot::channel();
+        let first = {
+            let mut rounds = self.rounds.inner.lock();
+            rounds.waiting.push(answer);
+            !std::mem::replace(&mut rounds.running, true)
+        };
+        if first {
+            let core = self.clone();
+            self.tasks.spawn(async move {
+                while let Some(waiting) = core.rounds.next() {
+                    let index = core.read_index(false, Instant::now() + ROUND_TIMEOUT).await;
+                    for answer in waiting {
+                        // Who asked may have given up.
+                        let _ = answer.send(index.as_ref().ok().copied());
+                    }
+                }
+            });
+        }
+        answered.await.ok().flatten().ok_or(Error::Unavailable)
+    }
+
     /// A state that holds everything that was committed before the call.
-    pub(crate) async fn linearizable(&self, wait: Duration) -> Result<Arc<State>, Error> {
+    pub(crate) async fn linearizable(self: &Arc<Self>, wait: Duration) -> Result<Arc<State>, Error> {
         let deadline = Instant::now() + wait;
-        let index = self.read_index(false, deadline).await?;
+        let index = tokio::time::timeout_at(deadline, self.shared_read_index()).await;
+        let index = index.map_err(|_| Error::Unavailable)??;
         let mut applied = self.published.applied();
         let reached = applied.wait_for(|next| *next > index);
-        let reached = tokio::time::timeout_at(deadline.into(), reached).await.map_err(|_| Error::TimedOut)?;
+        let reached = tokio::time::timeout_at(deadline, reached).await.map_err(|_| Error::TimedOut)?;
         reached.map_err(|_| Error::Unavailable)?;
         Ok(self.published.state())
     }
 
     /// Who may hold a lease, as the leader knows.
-    pub(crate) async fn holders(&self, deadline: tokio::time::Instant) -> Result<Vec<(u64, bool)>, Error> {
+    pub(crate) async fn holders(&self, deadline: Instant) -> Result<Vec<(u64, bool)>, Error> {
         loop {
-            let left = deadline.saturating_duration_since(tokio::time::Instant::now());
+            let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(Error::Unavailable);
             }
@@ -131,17 +181,19 @@ impl Core {
 
     /// One renewal: notes the time, asks the leader, and waits until that is enforced here.
     async fn renew_once(&self) -> Result<(), Error> {
-        let lease_ms = self.lease_ms();
-        let asked = self.lease.asking();
-        let deadline = Instant::now() + Duration::from_millis(lease_ms / 2);
-        let index = self.read_index(true, deadline).await?;
-        let mut enforced = self.enforced.subscribe();
-        let reached = enforced.wait_for(|at| at.next_index > index);
-        let reached = tokio::time::timeout_at(deadline.into(), reached).await.map_err(|_| Error::TimedOut)?;
-        reached.map_err(|_| Error::Unavailable)?;
-        // A lease that was shortened meanwhile is in what was just enforced.
-        self.lease.renew(asked, lease_ms.min(self.lease_ms()));
-        Ok(())
+        self.lease
+            .renew_by(async {
+                let lease_ms = self.lease_ms();
+                let deadline = Instant::now() + Duration::from_millis(lease_ms / 2);
+                let index = self.read_index(true, deadline).await?;
+                let mut enforced = self.enforced.subscribe();
+                let reached = enforced.wait_for(|next| *next > index);
+                let reached = tokio::time::timeout_at(deadline.into(), reached).await.map_err(|_| Error::TimedOut)?;
+                reached.map_err(|_| Error::Unavailable)?;
+                // A lease that was shortened meanwhile is in what was just enforced.
+                Ok(lease_ms.min(self.lease_ms()))
+            })
+            .await
     }
 }
 
@@ -161,7 +213,6 @@ pub(crate) async fn keep_lease(core: Arc<Core>) {
             }
         };
         ::metrics::counter!(LEASE_RENEWALS_TOTAL, "outcome" => outcome).increment(1);
-        ::metrics::gauge!(LEASE_LEFT_SECONDS).set(core.lease.left_ms() as f64 / 1_000.0);
         let pause = if renewed.is_ok() { interval } else { RETRY_INTERVAL };
         tokio::select! {
             () = core.stop.cancelled() => return,

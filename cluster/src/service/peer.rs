@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use futures::{Stream, StreamExt as _};
 use prost::Message as _;
-use selvedge_domain::{ActorKind, Command, Credential};
 use selvedge_domain::state::Table;
 use selvedge_proto::peer as wire;
 use selvedge_proto::peer::change_request::Change;
@@ -17,14 +16,17 @@ use crate::convert;
 use crate::core::Core;
 use crate::error::Error;
 use crate::events::{self, Frame};
-use crate::leader::Answer;
+use crate::leader::{Answer, BUSY_RETRY_AFTER_MS};
 use crate::listen::Caller;
 use crate::membership::{self, Attempt};
-use crate::propose::COMMAND_BYTES_MAX;
+use crate::propose_stream;
 use crate::read::NoReadIndex;
 
 /// Longest wait of a linearizable read.
 const READ_WAIT: Duration = Duration::from_secs(5);
+
+/// Metadata of `RESOURCE_EXHAUSTED`: when to try again, milliseconds.
+const RETRY_AFTER_MS: &str = "selvedge-retry-after-ms";
 
 pub(crate) struct PeerService(pub(crate) Arc<Core>);
 
@@ -36,27 +38,24 @@ fn not_leader(leader: Option<u64>) -> wire::NotLeader {
 impl peer_server::Peer for PeerService {
     async fn propose(&self, request: Request<wire::ProposeRequest>) -> Result<Response<wire::ProposeReply>, Status> {
         let caller = Caller::of(&request)?;
-        let wire::ProposeRequest { command: bytes, credential } = request.into_inner();
-        if bytes.len() > COMMAND_BYTES_MAX {
-            return Err(Status::invalid_argument("the command is too large"));
+        match self.0.take_proposal(caller.node, request.into_inner()).await? {
+            Answer::Busy => {
+                let mut status = Status::resource_exhausted("too many proposals wait already");
+                status.metadata_mut().insert(RETRY_AFTER_MS, BUSY_RETRY_AFTER_MS.into());
+                Err(status)
+            }
+            answer => Ok(Response::new(propose_stream::reply(answer))),
         }
-        // What an entry holds must be readable by all, and say truly who proposed it.
-        let command = Command::decode(&bytes).map_err(|error| Status::invalid_argument(error.to_string()))?;
-        if command.proposer != caller.node {
-            return Err(Status::permission_denied("the command names another proposer"));
-        }
-        if command.actor.kind == ActorKind::Bootstrap {
-            return Err(Status::permission_denied("the first commands are proposed where they are written"));
-        }
-        let credential = (!credential.is_empty()).then(|| Credential::new(credential));
-        use wire::propose_reply::Result as Reply;
-        let result = match self.0.enqueue(&command.actor, credential.as_ref(), bytes.into()).await {
-            Answer::Outcome(outcome) => convert::outcome(outcome),
-            Answer::NotLeader(leader) => Reply::NotLeader(not_leader(leader)),
-            Answer::Busy => Reply::Busy(wire::Busy { retry_after_ms: 100 }),
-            Answer::Unknown => Reply::Unknown(wire::Empty {}),
-        };
-        Ok(Response::new(wire::ProposeReply { result: Some(result) }))
+    }
+
+    type ProposeStreamStream = Pin<Box<dyn Stream<Item = Result<wire::ProposeAnswer, Status>> + Send>>;
+
+    async fn propose_stream(
+        &self,
+        request: Request<tonic::Streaming<wire::ProposeFrame>>,
+    ) -> Result<Response<Self::ProposeStreamStream>, Status> {
+        let caller = Caller::of(&request)?;
+        Ok(Response::new(Box::pin(propose_stream::serve(self.0.clone(), caller.node, request.into_inner()))))
     }
 
     async fn read_index(
