@@ -25,6 +25,9 @@ pub const AUDIT_DISK_BYTES: &str = "selvedge_audit_disk_bytes";
 /// Records that the audit journal refused or lost before they were durable; each was reported to its caller.
 pub const AUDIT_REFUSED_TOTAL: &str = "selvedge_audit_refused_total";
 
+/// Audit streams on this disk that were found broken.
+pub const AUDIT_BROKEN_STREAMS: &str = "selvedge_audit_broken_streams";
+
 /// Describes the metrics to the installed recorder.
 pub fn describe() {
     describe_histogram!(LOG_SYNC_SECONDS, Unit::Seconds, "time of one synced write of the log");
@@ -37,5 +40,6 @@ pub fn describe() {
     describe_histogram!(AUDIT_BATCH_RECORDS, "records that shared one sync of the audit journal");
     describe_gauge!(AUDIT_QUEUE_BYTES, Unit::Bytes, "bytes that wait for the audit journal's thread");
     describe_gauge!(AUDIT_DISK_BYTES, Unit::Bytes, "bytes of all audit segments on this disk");
+    describe_gauge!(AUDIT_BROKEN_STREAMS, Unit::Count, "audit streams on this disk that were found broken");
     describe_counter!(AUDIT_REFUSED_TOTAL, "audit records refused or lost before they were durable");
 }

@@ -121,7 +121,8 @@ impl Exporter {
     fn backlog(&self) -> u64 {
         let (state, ends) = (self.cluster.state(), self.log.journal().ends());
         let lacks = |receiver: Receiver| {
-            let lacks = |(stream, end): (&StreamId, &u64)| (end + 1).saturating_sub(cursor(&state, receiver.id(), *stream));
+            let lacks =
+                |(stream, end): (&StreamId, &u64)| (end + 1).saturating_sub(cursor(&state, receiver.id(), *stream));
             ends.iter().map(lacks).sum()
         };
         state.rows::<Receiver>().map(lacks).max().unwrap_or_default()

@@ -8,10 +8,12 @@ mod log;
 mod metrics;
 mod record;
 pub mod retention;
+#[cfg(test)]
+mod tests;
 
 pub use export::{Exporter, line};
 pub use log::{Appended, Error, Log};
 pub use record::{
-    AdminChange, Candidate, Denied, EnforceReceipt, Initiator, NameUnknown, Party, Record, SessionClose, SessionLost,
+    AdminChange, Candidate, Denied, EnforceReceipt, ExportGap, Initiator, NameUnknown, Party, Record, SessionClose, SessionLost,
     SessionOpen, Strangers, clipped,
 };

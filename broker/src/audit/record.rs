@@ -38,6 +38,9 @@ pub enum Record {
     /// Attempts without a proven identity, counted.
     #[serde(rename = "edge.strangers")]
     Strangers(Strangers),
+    /// Records that a log receiver will never get.
+    #[serde(rename = "export.gap")]
+    ExportGap(ExportGap),
 }
 
 impl Record {
@@ -52,6 +55,7 @@ impl Record {
             Self::AdminChange(_) => "admin.change",
             Self::EnforceReceipt(_) => "enforce.receipt",
             Self::Strangers(_) => "edge.strangers",
+            Self::ExportGap(_) => "export.gap",
         }
     }
 }
@@ -238,6 +242,23 @@ pub struct Strangers {
     pub reason: String,
     /// How many since the last such record.
     pub count: u64,
+}
+
+/// Records that a log receiver will never get.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ExportGap {
+    /// Receiver's id.
+    pub receiver: String,
+    /// Receiver's name at the time.
+    pub receiver_name: String,
+    /// The stream.
+    pub stream: String,
+    /// The first record that it lacks.
+    pub from: u64,
+    /// The last one; none when the end of the stream cannot be read.
+    pub upto: Option<u64>,
+    /// `deleted` by retention before the receiver was added, or `broken` on the disk.
+    pub why: String,
 }
 
 /// A text from outside, cut to a bounded length with a marker.

@@ -1,12 +1,12 @@
 //! Frees the journal of what is old, or of what every receiver has when the disk's share runs low.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::time::Duration;
 
 use selvedge_cluster::Cluster;
+use selvedge_domain::State;
 use selvedge_domain::rows::{Cursor, Receiver};
-use selvedge_storage::audit::{QUOTA_BYTES, StreamId};
+use selvedge_storage::audit::{Journal, StreamId};
 use tokio_util::sync::CancellationToken;
 
 use super::log::Log;
@@ -14,8 +14,8 @@ use super::metrics;
 
 /// Records are kept for so long once every receiver has them.
 pub const RETENTION: Duration = Duration::from_secs(90 * 24 * 3_600);
-/// From this share of the quota on, whatever every receiver has may go, however young.
-const QUOTA_LOW_BYTES: u64 = QUOTA_BYTES / 10 * 8;
+/// From this share of the quota on, whatever every receiver has goes, however young.
+const QUOTA_LOW_PERCENT: u64 = 80;
 const INTERVAL: Duration = Duration::from_secs(600);
 
 /// Deletes whole sealed segments, every ten minutes until `stop`.
@@ -24,8 +24,8 @@ const INTERVAL: Duration = Duration::from_secs(600);
 /// the operator decides (see the runbook SE0201).
 pub async fn run(cluster: Cluster, log: Log, stop: CancellationToken) {
     loop {
-        let (cluster, log) = (cluster.clone(), log.clone());
-        let swept = tokio::task::spawn_blocking(move || sweep(&cluster, &log)).await;
+        let (state, now_ms, journal) = (cluster.state(), cluster.now_ms(), log.journal().clone());
+        let swept = tokio::task::spawn_blocking(move || sweep(&state, now_ms, &journal)).await;
         match swept {
             Ok(Ok(freed)) => ::metrics::counter!(metrics::FREED_BYTES).increment(freed),
             Ok(Err(error)) => tracing::warn!(%error, "old audit segments were not deleted"),
@@ -38,8 +38,8 @@ pub async fn run(cluster: Cluster, log: Log, stop: CancellationToken) {
     }
 }
 
-fn sweep(cluster: &Cluster, log: &Log) -> Result<u64, selvedge_storage::Error> {
-    let state = cluster.state();
+/// Deletes what may go now; returns the bytes that came free.
+pub(super) fn sweep(state: &State, now_ms: u64, journal: &Journal) -> Result<u64, selvedge_storage::Error> {
     let receivers = state.rows::<Receiver>().count();
     let mut delivered: BTreeMap<StreamId, Vec<u64>> = BTreeMap::new();
     for cursor in
@@ -53,19 +53,8 @@ fn sweep(cluster: &Cluster, log: &Log) -> Result<u64, selvedge_storage::Error> {
         Some(cursors) if cursors.len() == receivers => cursors.iter().copied().min().unwrap_or(1),
         _ => 1,
     };
-    let used = used_bytes(log.journal().root());
     let keep_ms = u64::try_from(RETENTION.as_millis()).unwrap_or(u64::MAX);
-    let before_ms =
-        if used >= QUOTA_LOW_BYTES && receivers > 0 { u64::MAX } else { cluster.now_ms().saturating_sub(keep_ms) };
-    log.journal().delete_sealed_before(before_ms, needed_from)
-}
-
-fn used_bytes(root: &Path) -> u64 {
-    let entries = |path: &Path| std::fs::read_dir(path).into_iter().flatten().flatten().collect::<Vec<_>>();
-    entries(root)
-        .iter()
-        .flat_map(|stream| entries(&stream.path()))
-        .filter_map(|segment| segment.metadata().ok())
-        .map(|metadata| metadata.len())
-        .sum()
+    let low = journal.disk_bytes() >= journal.quota_bytes() / 100 * QUOTA_LOW_PERCENT;
+    let before_ms = if low && receivers > 0 { u64::MAX } else { now_ms.saturating_sub(keep_ms) };
+    journal.delete_sealed_before(before_ms, needed_from)
 }

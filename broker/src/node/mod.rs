@@ -428,7 +428,7 @@ fn lost_sessions(log: &Log) -> BTreeMap<String, StreamId> {
     let streams = selvedge_storage::audit::streams(log.journal().root()).unwrap_or_default();
     let last = streams.into_iter().filter(|stream| stream.broker == own.broker && stream.boot < own.boot).max();
     let Some(stream) = last else { return open };
-    let Ok(mut reader) = log.journal().reader(stream, 1) else { return open };
+    let Ok(mut reader) = log.journal().reader_of_kept(stream, 1) else { return open };
     while let Ok(Some(stored)) = reader.read_next() {
         match serde_json::from_slice(stored.body()) {
             Ok(Record::SessionOpen(record)) => drop(open.insert(record.session, stream)),

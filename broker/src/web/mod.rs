@@ -21,7 +21,7 @@ mod problem;
 mod router;
 mod scim;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::sync::Arc;
 

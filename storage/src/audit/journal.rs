@@ -1,6 +1,7 @@
 //! The journal of this boot: takes records, chains them, and syncs all that waits together on one OS thread.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File, OpenOptions},
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
@@ -24,7 +25,10 @@ use super::{
 use crate::{
     Error,
     dir::{make_private, sync_dir},
-    metrics::{AUDIT_BATCH_RECORDS, AUDIT_DISK_BYTES, AUDIT_QUEUE_BYTES, AUDIT_REFUSED_TOTAL, AUDIT_SYNC_SECONDS},
+    metrics::{
+        AUDIT_BATCH_RECORDS, AUDIT_BROKEN_STREAMS, AUDIT_DISK_BYTES, AUDIT_QUEUE_BYTES, AUDIT_REFUSED_TOTAL,
+        AUDIT_SYNC_SECONDS,
+    },
 };
 
 /// How long the thread waits before it tries again to repair a segment after a failed write.
@@ -73,7 +77,10 @@ impl Ticket {
 /// The audit journal of this boot. When dropped, it first writes what waits.
 pub struct Journal {
     shared: Arc<Shared>,
-    broken: Vec<Arc<Broken>>,
+    /// Streams that were found broken, and where.
+    broken: Mutex<BTreeMap<String, Arc<Broken>>>,
+    /// The last record of each earlier stream of this broker.
+    ends: Mutex<BTreeMap<StreamId, u64>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -107,16 +114,13 @@ impl Journal {
         let dir = root.join(stream.to_string());
         make_private(root)?;
         make_private(&dir)?;
-        let mut broken = Vec::new();
+        let (mut ends, mut broken) = (BTreeMap::new(), Vec::new());
         let mut disk_bytes = 0;
         for earlier in list_streams(root)?.known {
             if earlier.broker == stream.broker && earlier != stream {
                 match recover(root, earlier) {
-                    Ok(_) => {}
-                    Err(Error::AuditBroken(place)) => {
-                        tracing::error!(%place, "an earlier audit stream is broken");
-                        broken.push(place);
-                    }
+                    Ok(head) => drop(ends.insert(earlier, head.seq)),
+                    Err(Error::AuditBroken(place)) => broken.push(place),
                     Err(error) => return Err(error),
                 }
             }
@@ -148,7 +152,13 @@ impl Journal {
             .name("selvedge-audit".to_owned())
             .spawn(move || writer.run())
             .map_err(Error::io("start the thread of", root))?;
-        Ok(Journal { shared, broken, thread: Some(thread) })
+        metrics::gauge!(AUDIT_DISK_BYTES).set(disk_bytes as f64);
+        metrics::gauge!(AUDIT_BROKEN_STREAMS).set(0.0);
+        let journal = Journal { shared, broken: Mutex::default(), ends: Mutex::new(ends), thread: Some(thread) };
+        for place in &broken {
+            journal.found_broken(place);
+        }
+        Ok(journal)
     }
 
     /// Takes a record. It has its place now, and is durable when the ticket says so.
@@ -189,9 +199,36 @@ impl Journal {
         self.shared.inner.lock().failed.clone()
     }
 
-    /// Earlier streams of this broker that were found broken at the start.
-    pub fn broken_streams(&self) -> &[Arc<Broken>] {
-        &self.broken
+    /// Where streams on this disk were found broken, at the start or since: the first such place of each.
+    pub fn broken_streams(&self) -> Vec<Arc<Broken>> {
+        self.broken.lock().values().cloned().collect()
+    }
+
+    /// Remembers a broken place that a reader met; it is told once for each stream.
+    pub fn found_broken(&self, place: &Arc<Broken>) {
+        let mut broken = self.broken.lock();
+        if !broken.contains_key(&place.stream) {
+            tracing::error!(code = "SE0202", %place, "an audit stream is broken");
+            broken.insert(place.stream.clone(), place.clone());
+            metrics::gauge!(AUDIT_BROKEN_STREAMS).set(broken.len() as f64);
+        }
+    }
+
+    /// This broker's streams on this disk with the last record of each, as far as it is known: not of broken ones.
+    pub fn ends(&self) -> BTreeMap<StreamId, u64> {
+        let mut ends = self.ends.lock().clone();
+        ends.insert(self.stream(), self.durable_seq());
+        ends
+    }
+
+    /// Bytes of all segments on this disk.
+    pub fn disk_bytes(&self) -> u64 {
+        self.shared.disk_bytes.load(Ordering::Relaxed)
+    }
+
+    /// What [`Journal::disk_bytes`] may come to.
+    pub fn quota_bytes(&self) -> u64 {
+        self.shared.options.quota_bytes
     }
 
     /// Reads a stream on this disk; this boot's own is followed as it grows, durable records only.
@@ -200,35 +237,64 @@ impl Journal {
         Reader::start(&self.shared.root, stream, from_seq, durable)
     }
 
+    /// [`Journal::reader`] from a record on, or from the first that retention has left.
+    pub fn reader_of_kept(&self, stream: StreamId, from_seq: u64) -> Result<Reader, Error> {
+        match self.reader(stream, from_seq) {
+            Err(Error::AuditGone { first, .. }) => self.reader(stream, first),
+            opened => opened,
+        }
+    }
+
+    /// The first record of the segment behind the one that has a record.
+    pub fn segment_behind(&self, stream: StreamId, seq: u64) -> Result<Option<u64>, Error> {
+        let known = segments(&self.shared.root.join(stream.to_string()))?.known;
+        Ok(known.into_iter().map(|segment| segment.first_seq).find(|first| *first > seq))
+    }
+
     /// Deletes sealed segments whose records are all older than `before_ms` and below what `needed_from` says is still
-    /// needed of their stream. Returns the bytes that came free.
+    /// needed of their stream. Returns the bytes that came free. A broken segment stays, and what is behind it.
     pub fn delete_sealed_before(&self, before_ms: u64, needed_from: impl Fn(StreamId) -> u64) -> Result<u64, Error> {
         let mut freed = 0;
         for stream in list_streams(&self.shared.root)?.known {
-            let dir = self.shared.root.join(stream.to_string());
-            let known = segments(&dir)?.known;
-            let own = stream == self.shared.stream;
-            let mut left = known.len();
-            for (at, segment) in known.iter().enumerate() {
-                if own && at + 1 == known.len() {
+            freed += self.delete_sealed_of(stream, before_ms, needed_from(stream))?;
+        }
+        metrics::gauge!(AUDIT_DISK_BYTES).set(self.disk_bytes() as f64);
+        Ok(freed)
+    }
+
+    fn delete_sealed_of(&self, stream: StreamId, before_ms: u64, needed_from: u64) -> Result<u64, Error> {
+        let dir = self.shared.root.join(stream.to_string());
+        let known = segments(&dir)?.known;
+        let own = stream == self.shared.stream;
+        let (mut freed, mut left) = (0, known.len());
+        for (at, segment) in known.iter().enumerate() {
+            let next = known.get(at + 1).map(|next| next.first_seq);
+            if own && next.is_none() {
+                break;
+            }
+            let span = match span(&self.shared.root, stream, segment, next) {
+                Err(Error::AuditBroken(place)) => {
+                    self.found_broken(&place);
                     break;
                 }
-                let Some((last_seq, newest_ms)) = span(&self.shared.root, stream, segment)? else { break };
-                if newest_ms >= before_ms || last_seq >= needed_from(stream) {
-                    break;
-                }
-                let bytes = size(&segment.path)?;
-                fs::remove_file(&segment.path).map_err(Error::io("remove", &segment.path))?;
-                self.shared.disk_bytes.fetch_sub(bytes, Ordering::Relaxed);
-                freed += bytes;
-                left -= 1;
+                span => span?,
+            };
+            let Some((last_seq, newest_ms)) = span else { break };
+            if newest_ms >= before_ms || last_seq >= needed_from {
+                break;
             }
-            if left < known.len() {
-                sync_dir(&dir)?;
-            }
-            if left == 0 && !own {
-                fs::remove_dir(&dir).map_err(Error::io("remove", &dir))?;
-            }
+            let bytes = size(&segment.path)?;
+            fs::remove_file(&segment.path).map_err(Error::io("remove", &segment.path))?;
+            self.shared.disk_bytes.fetch_sub(bytes, Ordering::Relaxed);
+            freed += bytes;
+            left -= 1;
+        }
+        if left < known.len() {
+            sync_dir(&dir)?;
+        }
+        if left == 0 && !own {
+            fs::remove_dir(&dir).map_err(Error::io("remove", &dir))?;
+            self.ends.lock().remove(&stream);
         }
         Ok(freed)
     }
@@ -441,16 +507,11 @@ fn cut(open: &Open, dir: &Path) -> Result<(), Error> {
         .map_err(Error::io("cut", &open.segment.path))
 }
 
-/// The last sequence number of a segment and its newest time.
-fn span(root: &Path, stream: StreamId, segment: &Segment) -> Result<Option<(u64, u64)>, Error> {
+/// The last sequence number of a segment, behind which the segment of `next` begins, and its newest time.
+fn span(root: &Path, stream: StreamId, segment: &Segment, next: Option<u64>) -> Result<Option<(u64, u64)>, Error> {
     let mut reader = Reader::open(root, stream, segment.first_seq)?;
     let mut span: Option<(u64, u64)> = None;
-    let end = segments(&root.join(stream.to_string()))?
-        .known
-        .into_iter()
-        .map(|other| other.first_seq)
-        .find(|first| *first > segment.first_seq);
-    while end.is_none_or(|end| reader.position() < end) {
+    while next.is_none_or(|next| reader.position() < next) {
         let Some(record) = reader.read_next()? else { break };
         let newest = span.map_or(0, |(_, newest)| newest).max(record.time_ms);
         span = Some((record.seq, newest));

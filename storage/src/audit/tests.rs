@@ -31,6 +31,11 @@ fn files(root: &Path, stream: StreamId) -> Vec<std::path::PathBuf> {
     segment::segments(&dir).expect("lists").known.into_iter().map(|segment| segment.path).collect()
 }
 
+/// What a verification finds of a journal in which nothing is broken.
+fn verified(root: &Path) -> Result<Report, Error> {
+    verify(root).and_then(Report::whole)
+}
+
 fn broken(result: Result<Report, Error>) -> Arc<Broken> {
     match result {
         Err(Error::AuditBroken(broken)) => broken,
@@ -47,7 +52,7 @@ fn records_are_chained_and_verified_over_segments_and_boots() {
     drop(journal);
     let journal = open(dir.path(), NEXT_BOOT);
     fill(&journal, 3);
-    let report = verify(dir.path()).expect("verifies");
+    let report = verified(dir.path()).expect("verifies");
     assert_eq!(report.records(), 13);
     let first = &report.streams[0];
     assert_eq!((first.stream, first.records, first.first_seq, first.head), (STREAM, 10, 1, head.1));
@@ -81,7 +86,7 @@ fn each_flipped_byte_is_found_and_its_record_named() {
                 let mut changed = bytes.clone();
                 changed[at] ^= flip;
                 fs::write(&path, &changed).expect("writes");
-                let found = broken(verify(dir.path()));
+                let found = broken(verified(dir.path()));
                 assert_eq!((found.offset, found.seq), starts[at], "byte {at} of {}", path.display());
                 assert_eq!(Some(found.segment.as_str()), path.file_name().and_then(|name| name.to_str()));
                 assert_eq!(found.stream, STREAM.to_string());
@@ -89,7 +94,7 @@ fn each_flipped_byte_is_found_and_its_record_named() {
         }
         fs::write(&path, &bytes).expect("writes");
     }
-    assert_eq!(verify(dir.path()).expect("whole again").records(), 6);
+    assert_eq!(verified(dir.path()).expect("whole again").records(), 6);
 }
 
 #[test]
@@ -104,13 +109,34 @@ fn a_missing_or_swapped_segment_is_found() {
     let away = tempfile::NamedTempFile::new().expect("a file");
     fs::copy(&paths[1], away.path()).expect("copies");
     fs::remove_file(&paths[1]).expect("removes");
-    assert!(broken(verify(dir.path())).why.contains("begins with record"));
+    assert!(broken(verified(dir.path())).why.contains("begins with record"));
     fs::copy(&paths[2], &paths[1]).expect("copies");
-    assert!(broken(verify(dir.path())).why.contains("sequence"));
+    assert!(broken(verified(dir.path())).why.contains("sequence"));
     fs::copy(away.path(), &paths[1]).expect("copies");
-    verify(dir.path()).expect("whole again");
+    verified(dir.path()).expect("whole again");
     fs::create_dir(&aside).expect("creates");
-    assert_eq!(broken(verify(dir.path())).stream, "aside");
+    assert_eq!(broken(verified(dir.path())).stream, "aside");
+}
+
+#[test]
+fn a_verification_goes_on_behind_a_broken_stream_and_names_each() {
+    let dir = directory();
+    let boots: Vec<StreamId> = (1..=4).map(|boot| StreamId { broker: 7, boot }).collect();
+    for &stream in &boots {
+        fill(&open(dir.path(), stream), 6);
+    }
+    for &stream in [&boots[0], &boots[2]] {
+        let path = files(dir.path(), stream).remove(1);
+        let mut bytes = fs::read(&path).expect("reads");
+        bytes[12] ^= 1;
+        fs::write(&path, &bytes).expect("writes");
+    }
+    let report = verify(dir.path()).expect("reads");
+    let named: Vec<_> = report.broken.iter().map(|place| place.stream.clone()).collect();
+    assert_eq!(named, [boots[0].to_string(), boots[2].to_string()]);
+    let whole: Vec<_> = report.streams.iter().map(|stream| stream.stream).collect();
+    assert_eq!((whole, report.records()), (vec![boots[1], boots[3]], 12));
+    assert!(report.whole().is_err());
 }
 
 #[test]
@@ -132,7 +158,7 @@ fn a_record_that_a_crash_cut_is_removed_at_the_next_start() {
     };
     for cut in last_start + 1..whole.len() {
         fs::write(&path, &whole[..cut]).expect("writes");
-        assert!(verify(dir.path()).is_err(), "an unrepaired end is not whole");
+        assert!(verified(dir.path()).is_err(), "an unrepaired end is not whole");
         drop(open(dir.path(), NEXT_BOOT));
         let left = verify_stream(dir.path(), STREAM).expect("whole").records;
         assert_eq!(left, 4, "cut at {cut}");
@@ -166,7 +192,7 @@ fn a_stream_that_is_opened_again_goes_on_where_it_ended() {
     let journal = open(dir.path(), STREAM);
     assert_eq!(journal.head().0, 3);
     fill(&journal, 3);
-    assert_eq!(verify(dir.path()).expect("verifies").records(), 6);
+    assert_eq!(verified(dir.path()).expect("verifies").records(), 6);
 }
 
 #[test]
@@ -178,7 +204,7 @@ fn many_records_share_a_sync_and_all_are_durable() {
         ticket.wait().expect("durable");
     }
     assert_eq!(journal.durable_seq(), 2_000);
-    assert_eq!(verify(dir.path()).expect("verifies while it is open").records(), 2_000);
+    assert_eq!(verified(dir.path()).expect("verifies while it is open").records(), 2_000);
 }
 
 #[tokio::test]
@@ -225,7 +251,7 @@ fn a_disk_that_fails_refuses_records_and_is_used_again_when_it_works() {
     assert_eq!(journal.head().0, 2, "its number is free again");
     fs::remove_dir(&obstacle).expect("removes");
     fill(&journal, 2);
-    assert_eq!(verify(dir.path()).expect("verifies").records(), 4);
+    assert_eq!(verified(dir.path()).expect("verifies").records(), 4);
 }
 
 #[test]
@@ -239,7 +265,7 @@ fn retention_deletes_whole_sealed_segments_that_nobody_needs() {
     assert_eq!(journal.delete_sealed_before(1_000, |_| u64::MAX).expect("deletes nothing"), 0);
     let freed = journal.delete_sealed_before(1_006, |stream| if stream == STREAM { 4 } else { u64::MAX });
     assert!(freed.expect("deletes") > 0);
-    let report = verify(dir.path()).expect("verifies");
+    let report = verified(dir.path()).expect("verifies");
     assert_eq!(report.streams[0].first_seq, 4, "what is needed stays");
     assert!(files(dir.path(), NEXT_BOOT).len() < before);
     assert!(matches!(Reader::open(dir.path(), STREAM, 1), Err(Error::AuditGone { first: 4, .. })));
@@ -247,5 +273,5 @@ fn retention_deletes_whole_sealed_segments_that_nobody_needs() {
     assert_eq!(streams(dir.path()).expect("lists"), [NEXT_BOOT], "an empty stream goes");
     assert_eq!(files(dir.path(), NEXT_BOOT).len(), 1, "the segment in use stays");
     fill(&journal, 1);
-    verify(dir.path()).expect("verifies");
+    verified(dir.path()).expect("verifies");
 }

@@ -32,12 +32,24 @@ pub struct Broken {
 /// What a verification saw.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Report {
-    /// Each stream, in order.
+    /// Each whole stream, in order.
     pub streams: Vec<StreamReport>,
+    /// The first broken place of each other one, and of what is no stream.
+    pub broken: Vec<Arc<Broken>>,
 }
 
 impl Report {
-    /// Records of all streams.
+    /// The same, when nothing is broken.
+    ///
+    /// **Errors:** [`Error::AuditBroken`] names the first broken place.
+    pub fn whole(self) -> Result<Report, Error> {
+        match self.broken.first() {
+            Some(place) => Err(place.clone().into()),
+            None => Ok(self),
+        }
+    }
+
+    /// Records of all whole streams.
     pub fn records(&self) -> u64 {
         self.streams.iter().map(|stream| stream.records).sum()
     }
@@ -61,16 +73,22 @@ pub struct StreamReport {
 /// Checks every byte of every stream.
 ///
 /// What is missing at the end of a stream can only be told by comparing [`StreamReport::head`] with a head that was
-/// kept elsewhere. **Errors:** [`Error::AuditBroken`] names the first broken place.
+/// kept elsewhere. **Errors:** what cannot be read at all; what is broken is in the report.
 pub fn verify(root: &Path) -> Result<Report, Error> {
     let listing = list_streams(root)?;
-    if let Some(name) = listing.foreign.first() {
+    let mut report = Report::default();
+    for name in listing.foreign {
         let why = "this is not an audit stream".to_owned();
-        let broken = Broken { stream: name.clone(), segment: String::new(), offset: 0, seq: 0, why };
-        return Err(Arc::new(broken).into());
+        report.broken.push(Arc::new(Broken { stream: name, segment: String::new(), offset: 0, seq: 0, why }));
     }
-    let streams = listing.known.into_iter().map(|stream| verify_stream(root, stream)).collect::<Result<_, _>>()?;
-    Ok(Report { streams })
+    for stream in listing.known {
+        match verify_stream(root, stream) {
+            Ok(stream) => report.streams.push(stream),
+            Err(Error::AuditBroken(place)) => report.broken.push(place),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(report)
 }
 
 /// Checks every byte of one stream.

@@ -25,7 +25,7 @@ const BATCH_BYTES_MAX: usize = 1 << 20;
 pub(super) struct Tail {
     /// Stream; that of this broker's present boot when absent.
     stream: Option<String>,
-    /// The first sequence number; the last `limit` records when absent.
+    /// The first sequence number, or what retention has left behind it; the last `limit` records when absent.
     from: Option<u64>,
     /// Records at most; all when absent and `from` is given, else 100.
     limit: Option<u64>,
@@ -57,7 +57,7 @@ pub(super) async fn tail(State(context): State<Arc<Context>>, Params(tail): Para
         None if stream == own => (last + 1).saturating_sub(limit.unwrap_or(LAST)).max(1),
         None => 1,
     };
-    let opened = blocking(move || journal.reader(stream, from)).await?;
+    let opened = blocking(move || journal.reader_of_kept(stream, from)).await?;
     let mut reader = opened.map_err(|error| Problem::not_found(error.to_string()))?;
     let mut left = if tail.follow && tail.limit.is_none() { u64::MAX } else { limit.unwrap_or(u64::MAX) };
     lines(&context, move |sender| async move {
@@ -121,6 +121,8 @@ pub(super) struct StreamView {
     current: bool,
     /// The last durable record, when it is being written.
     durable_seq: Option<u64>,
+    /// Where this broker found it broken.
+    broken: Option<String>,
 }
 
 /// Streams.
@@ -136,6 +138,7 @@ pub(super) async fn streams(State(context): State<Arc<Context>>) -> Result<Json<
     let journal = context.audit.journal().clone();
     let own = journal.stream();
     let durable_seq = journal.durable_seq();
+    let broken = journal.broken_streams();
     let all = blocking(move || selvedge_storage::audit::streams(journal.root())).await?;
     let all = all.map_err(|error| Problem::internal(&error))?;
     let view = |stream: StreamId| StreamView {
@@ -143,6 +146,7 @@ pub(super) async fn streams(State(context): State<Arc<Context>>) -> Result<Json<
         broker: stream.broker.to_string(),
         current: stream == own,
         durable_seq: (stream == own).then_some(durable_seq),
+        broken: broken.iter().find(|place| place.stream == stream.to_string()).map(ToString::to_string),
     };
     Ok(Json(StreamList { streams: all.into_iter().map(view).collect() }))
 }
@@ -156,12 +160,7 @@ pub(super) async fn denial(context: &Context, denial: String) -> Result<Option<V
         streams.sort_by_key(|stream| (*stream != own, std::cmp::Reverse(stream.boot)));
         let until = std::time::Instant::now() + DENIAL_SEARCH_TIME_MAX;
         for stream in streams {
-            let mut reader = match journal.reader(stream, 1) {
-                Ok(reader) => reader,
-                // Its beginning was deleted: read what is left.
-                Err(selvedge_storage::Error::AuditGone { first, .. }) => journal.reader(stream, first)?,
-                Err(error) => return Err(error),
-            };
+            let mut reader = journal.reader_of_kept(stream, 1)?;
             if let Some(found) = search(&mut reader, &denial, until)? {
                 return Ok(Some(found));
             }

@@ -29,7 +29,7 @@ use crate::web::{Context, Parts, router, sha256};
 
 pub(super) const DOMAIN: &str = "demo.test";
 const CLUSTER_ID: [u8; 16] = [5; 16];
-pub(super) const OWNER: &str = "svt_the-first-owner-of-this-house";
+pub(crate) const OWNER: &str = "svt_the-first-owner-of-this-house";
 
 pub(crate) struct House {
     pub(crate) context: Arc<Context>,
