@@ -1,6 +1,6 @@
 //! Child processes of the demo: real ones, of this same binary, that cannot outlive it.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
@@ -116,6 +116,10 @@ pub fn command(arguments: &[OsString]) -> Command {
     // The very program that runs, also when its file was replaced by a build meanwhile.
     let mut command = Command::new("/proc/self/exe");
     command.arg0("selvedge").args(arguments).kill_on_drop(true);
+    // What the environment says of another cluster is not meant for this one.
+    for (name, _) in std::env::vars_os().filter(|(name, _)| is_of_another_cluster(name)) {
+        command.env_remove(name);
+    }
     // SAFETY: between fork and exec the closure makes two system calls and allocates nothing.
     unsafe {
         command.pre_exec(move || {
@@ -125,4 +129,10 @@ pub fn command(arguments: &[OsString]) -> Command {
         });
     }
     command
+}
+
+/// A variable of this binary, except those that say where logs and traces go.
+fn is_of_another_cluster(name: &OsStr) -> bool {
+    let name = name.to_string_lossy();
+    name.starts_with("SELVEDGE_") && !name.starts_with("SELVEDGE_LOG") && name != "SELVEDGE_OTLP_ENDPOINT"
 }

@@ -148,7 +148,7 @@ fn ids(text: &str) -> BTreeSet<String> {
 }
 
 /// The path of an unpacked server.
-fn tool(name: &str) -> Option<PathBuf> {
+pub fn tool(name: &str) -> Option<PathBuf> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/tool");
     let output = Command::new(script).arg(name).output().ok()?;
     let path = String::from_utf8(output.stdout).ok()?;
@@ -156,7 +156,7 @@ fn tool(name: &str) -> Option<PathBuf> {
 }
 
 /// Counts a skipped test.
-fn skip(test: &str, needs: &str) {
+pub fn skip(test: &str, needs: &str) {
     use std::io::Write as _;
     println!("SKIP {test}: needs {needs}");
     if let Some(file) = std::env::var_os("SELVEDGE_SKIPS") {

@@ -16,6 +16,8 @@ pub struct World {
     dir: tempfile::TempDir,
     pub brokers: Vec<Broker>,
     children: Vec<(String, Child)>,
+    /// Timing of Raft.
+    preset: String,
     /// What the environment of every command has besides.
     pub env: Vec<(String, String)>,
 }
@@ -39,8 +41,14 @@ impl World {
 
     /// The same, with more in the environment of every command.
     pub fn start_with(bin: &Path, brokers: usize, env: Vec<(String, String)>) -> Self {
+        Self::start_preset(bin, brokers, "test", env)
+    }
+
+    /// The same, with a preset for the timing of Raft.
+    pub fn start_preset(bin: &Path, brokers: usize, preset: &str, env: Vec<(String, String)>) -> Self {
         let dir = tempfile::tempdir().expect("a directory for the world");
-        let mut world = Self { bin: bin.to_owned(), dir, brokers: Vec::new(), children: Vec::new(), env };
+        let preset = preset.to_owned();
+        let mut world = Self { bin: bin.to_owned(), dir, brokers: Vec::new(), children: Vec::new(), preset, env };
         for number in 1..=brokers {
             world.add_broker(number);
         }
@@ -81,9 +89,9 @@ impl World {
         let [edge, web, peer, ops] = free_ports();
         let name = format!("b{number}");
         let config = self.path(&format!("{name}.toml"));
-        let data = self.path(&name);
+        let (data, preset) = (self.path(&name), &self.preset);
         let toml = format!(
-            "data_dir = {data:?}\nname = \"{name}\"\nregion = \"here\"\nhost = \"{name}.brokers.test\"\npreset = \"test\"\n\
+            "data_dir = {data:?}\nname = \"{name}\"\nregion = \"here\"\nhost = \"{name}.brokers.test\"\npreset = \"{preset}\"\n\
              edge = {{ bind = \"{edge}\" }}\nweb = {{ bind = \"{web}\" }}\npeer = {{ bind = \"{peer}\" }}\nops = {{ bind = \"{ops}\" }}\n"
         );
         std::fs::write(&config, toml).expect("a broker's configuration");
@@ -269,38 +277,17 @@ impl World {
         token: &str,
         body: Option<serde_json::Value>,
     ) -> (u16, serde_json::Value) {
-        let url = format!("https://{}{path}", self.brokers[number].web);
-        let request = async {
-            let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-            let client = reqwest::Client::builder().tls_danger_accept_invalid_certs(true).timeout(DEADLINE).build()?;
-            let mut request = client.request(method.parse().expect("a method"), url).bearer_auth(token);
-            if let Some(body) = body {
-                request = request.header("content-type", "application/scim+json").body(body.to_string());
-            }
-            let answer = request.send().await?;
-            let status = answer.status().as_u16();
-            let text = answer.text().await?;
-            Ok::<_, reqwest::Error>((status, serde_json::from_str(&text).unwrap_or(serde_json::Value::String(text))))
-        };
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-        runtime.block_on(request).unwrap_or_else(|error| (0, serde_json::Value::String(error.to_string())))
+        request(self.brokers[number].web, method, path, token, body)
     }
 
     /// A user pushed by SCIM; answers its id.
     pub fn user(&self, token: &str, user_name: &str) -> String {
-        let body = serde_json::json!({"schemas": ["urn:ietf:params:scim:schemas:core:2.0:User"], "userName": user_name, "active": true});
-        let (status, user) = self.http(0, "POST", "/scim/v2/Users", token, Some(body));
-        assert_eq!(status, 201, "{user}");
-        user["id"].as_str().expect("an id").to_owned()
+        scim_user(self.brokers[0].web, token, user_name)
     }
 
     /// A group pushed by SCIM; answers its id.
     pub fn group(&self, token: &str, name: &str, members: &[&str]) -> String {
-        let members: Vec<_> = members.iter().map(|id| serde_json::json!({"value": id})).collect();
-        let body = serde_json::json!({"schemas": ["urn:ietf:params:scim:schemas:core:2.0:Group"], "displayName": name, "members": members});
-        let (status, group) = self.http(0, "POST", "/scim/v2/Groups", token, Some(body));
-        assert_eq!(status, 201, "{group}");
-        group["id"].as_str().expect("an id").to_owned()
+        scim_group(self.brokers[0].web, token, name, members)
     }
 
     /// Enrols a person's client; answers its state directory.
@@ -329,6 +316,48 @@ impl Drop for World {
             }
         }
     }
+}
+
+/// A request to a web listener; answers status and JSON body.
+pub fn request(
+    web: SocketAddr,
+    method: &str,
+    path: &str,
+    token: &str,
+    body: Option<serde_json::Value>,
+) -> (u16, serde_json::Value) {
+    let url = format!("https://{web}{path}");
+    let request = async {
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        let client = reqwest::Client::builder().tls_danger_accept_invalid_certs(true).timeout(DEADLINE).build()?;
+        let mut request = client.request(method.parse().expect("a method"), url).bearer_auth(token);
+        if let Some(body) = body {
+            request = request.header("content-type", "application/scim+json").body(body.to_string());
+        }
+        let answer = request.send().await?;
+        let status = answer.status().as_u16();
+        let text = answer.text().await?;
+        Ok::<_, reqwest::Error>((status, serde_json::from_str(&text).unwrap_or(serde_json::Value::String(text))))
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(request).unwrap_or_else(|error| (0, serde_json::Value::String(error.to_string())))
+}
+
+/// A user pushed by SCIM; answers its id.
+pub fn scim_user(web: SocketAddr, token: &str, user_name: &str) -> String {
+    let body = serde_json::json!({"schemas": ["urn:ietf:params:scim:schemas:core:2.0:User"], "userName": user_name, "active": true});
+    let (status, user) = request(web, "POST", "/scim/v2/Users", token, Some(body));
+    assert_eq!(status, 201, "{user}");
+    user["id"].as_str().expect("an id").to_owned()
+}
+
+/// A group pushed by SCIM; answers its id.
+pub fn scim_group(web: SocketAddr, token: &str, name: &str, members: &[&str]) -> String {
+    let members: Vec<_> = members.iter().map(|id| serde_json::json!({"value": id})).collect();
+    let body = serde_json::json!({"schemas": ["urn:ietf:params:scim:schemas:core:2.0:Group"], "displayName": name, "members": members});
+    let (status, group) = request(web, "POST", "/scim/v2/Groups", token, Some(body));
+    assert_eq!(status, 201, "{group}");
+    group["id"].as_str().expect("an id").to_owned()
 }
 
 /// Waits for a condition.
