@@ -24,7 +24,7 @@ test-long: ## Every test, with more seeds, rounds and kills
 	@scripts/test --long
 
 verify: ## Format, lints, docs, licences, unused dependencies and tests; changes nothing
-	@scripts/bootstrap
+	@scripts/bootstrap --verify
 	@scripts/verify
 
 fix: ## Rewrite what the formatter and the lints can mend
