@@ -2,10 +2,10 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo tour test test-long verify fix bench
+.PHONY: help demo tour test test-long verify fix bench bench-cluster
 
 help: ## Show these commands
-	@sed -n 's/^\([a-z-]*\): ## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\): ## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
 
 demo: ## Three brokers in three regions, connectors and applications on this machine, until Ctrl-C
 	@scripts/bootstrap
@@ -35,3 +35,8 @@ bench: ## Measure against what a user would pick instead
 	@scripts/bootstrap
 	@scripts/cargo build --locked -p selvedge
 	@scripts/cargo run --locked -p selvedge-benches --bin bench
+
+bench-cluster: ## Measure the replicated log against etcd; ARGS="--only commits" for a part, ARGS=--help for more
+	@scripts/bootstrap
+	@scripts/cargo build --locked -p selvedge -p selvedge-benches
+	@scripts/cargo run --locked -p selvedge-benches --bin bench-cluster -- $(ARGS)

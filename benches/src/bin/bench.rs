@@ -3,6 +3,9 @@
 //! Both carry the same bytes from the same source to the same sink on this machine, in turn, five times each. HAProxy
 //! runs in `mode tcp` without splice, as its packages configure it, with as many threads as there are cores.
 
+#[path = "../machine.rs"]
+#[allow(dead_code, reason = "the other benchmark uses the rest")]
+mod machine;
 #[path = "../source.rs"]
 mod source;
 #[path = "../../../cli/tests/it/world.rs"]
@@ -16,6 +19,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
+use machine::{cpu_seconds, median};
 use source::{Echo, Source};
 use world::{World, free_ports, text, wait};
 
@@ -63,8 +67,8 @@ fn main() -> anyhow::Result<()> {
         ours.push(own);
         theirs.push(other);
     }
-    let ratio = median(&mut ours) / median(&mut theirs);
-    println!("medians of {PAIRS}: broker {:.4}, haproxy {:.4} CPU s/GiB", median(&mut ours), median(&mut theirs));
+    let ratio = median(&ours) / median(&theirs);
+    println!("medians of {PAIRS}: broker {:.4}, haproxy {:.4} CPU s/GiB", median(&ours), median(&theirs));
 
     for _ in 0..WARM_UP {
         first_byte(first)?;
@@ -73,7 +77,8 @@ fn main() -> anyhow::Result<()> {
     for _ in 0..FIRST_BYTES {
         samples.push(first_byte(first)?.as_secs_f64() * 1_000.0);
     }
-    let first_byte_ms = median(&mut samples);
+    samples.sort_by(f64::total_cmp);
+    let first_byte_ms = median(&samples);
     println!(
         "first answered byte: median {first_byte_ms:.2} ms, p99 {:.2} ms of {FIRST_BYTES}",
         samples[FIRST_BYTES * 99 / 100]
@@ -123,37 +128,8 @@ fn first_byte(address: SocketAddr) -> anyhow::Result<Duration> {
     Ok(begun.elapsed())
 }
 
-/// utime + stime of all threads of a process.
-fn cpu_seconds(pid: u32) -> anyhow::Result<f64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let fields: Vec<&str> = stat.rsplit_once(')').context("stat")?.1.split_whitespace().collect();
-    let ticks: u64 = fields[11].parse::<u64>()? + fields[12].parse::<u64>()?;
-    // SAFETY: sysconf has no preconditions.
-    #[expect(unsafe_code, reason = "the tick rate is only told by libc")]
-    let per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
-    Ok(ticks as f64 / per_second as f64)
-}
-
-fn median(samples: &mut [f64]) -> f64 {
-    samples.sort_by(f64::total_cmp);
-    samples[samples.len() / 2]
-}
-
 fn print_machine(haproxy: &str) {
-    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = cpu
-        .lines()
-        .find_map(|line| line.strip_prefix("model name"))
-        .unwrap_or("unknown")
-        .trim_start_matches(['\t', ' ', ':'])
-        .to_owned();
-    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    println!(
-        "machine: {model}, {cores} cores, Linux {}; selvedge {}; {haproxy}",
-        kernel.trim(),
-        env!("CARGO_PKG_VERSION")
-    );
+    println!("machine: {}; selvedge {}; {haproxy}", machine::description(), env!("CARGO_PKG_VERSION"));
 }
 
 /// HAProxy in `mode tcp`, unpacked and run on a free port.
