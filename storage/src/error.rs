@@ -22,6 +22,12 @@ pub enum Error {
         /// The file or directory that was written.
         path: PathBuf,
     },
+    /// The disk takes no writes: it is mounted read-only, or became so.
+    #[error("the disk of `{path}` is read-only")]
+    ReadOnly {
+        /// The file or directory that was written.
+        path: PathBuf,
+    },
     /// Another process holds this directory.
     #[error("`{path}` is in use by another process{holder}")]
     Locked {
@@ -130,11 +136,12 @@ pub enum Error {
 }
 
 impl Error {
-    /// Wraps a failed system call; a full disk gets its own variant.
+    /// Wraps a failed system call; a full disk and a read-only one get their own variants.
     pub(crate) fn io(what: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Error {
         let path = path.into();
         move |source| match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Error::NoSpace { path },
+            io::ErrorKind::ReadOnlyFilesystem => Error::ReadOnly { path },
             _ => Error::Io { what, path, source: Arc::new(source) },
         }
     }
@@ -142,5 +149,17 @@ impl Error {
     /// Whether freeing disk space would help.
     pub fn is_no_space(&self) -> bool {
         matches!(self, Error::NoSpace { .. })
+    }
+
+    /// The code that an operator looks up, where there is something to do about it.
+    pub fn code(&self) -> Option<&'static str> {
+        match self {
+            Error::NoSpace { .. } => Some("SE0111"),
+            Error::LogDamaged { .. } | Error::MetaDamaged { .. } => Some("SE0114"),
+            Error::ReadOnly { .. } => Some("SE0115"),
+            Error::Locked { .. } => Some("SE0116"),
+            Error::IdentityMissing { .. } | Error::OtherCluster { .. } => Some("SE0117"),
+            _ => None,
+        }
     }
 }

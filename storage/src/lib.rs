@@ -11,8 +11,10 @@ pub mod audit;
 pub mod dir;
 pub mod engine;
 mod error;
+pub mod inspect;
 pub mod log;
 pub mod metrics;
+pub mod room;
 pub mod state;
 
 pub use dir::DataDir;

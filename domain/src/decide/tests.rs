@@ -44,6 +44,7 @@ impl World {
         let outcome = self.state.apply(self.now_ms, &command, &mut self.changes);
         let loaded = State::load(self.state.meta(), self.state.all_rows()).expect("the rows are a state");
         assert_eq!(loaded.state_hash(), self.state.state_hash());
+        assert!(loaded.adds_up(), "the hash is that of the rows");
         assert!(loaded.is_same(&self.state), "what is found by name is what the rows say");
         outcome
     }

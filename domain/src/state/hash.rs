@@ -1,13 +1,12 @@
 use sha2::{Digest, Sha256};
 
-use super::table::Table;
-
 /// Sum modulo 2^256 of SHA-256(table, key length, key, value) over all rows; kept as rows come and go.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StateHash([u64; 4]);
 
 impl StateHash {
-    pub(super) fn add(&mut self, table: Table, key: &[u8], value: &[u8]) {
+    /// Counts a row in.
+    pub fn add(&mut self, table: u8, key: &[u8], value: &[u8]) {
         let mut carry = false;
         for (limb, term) in self.0.iter_mut().zip(row_hash(table, key, value)) {
             let (first, over) = limb.overflowing_add(term);
@@ -16,7 +15,8 @@ impl StateHash {
         }
     }
 
-    pub(super) fn remove(&mut self, table: Table, key: &[u8], value: &[u8]) {
+    /// Counts a row out.
+    pub fn remove(&mut self, table: u8, key: &[u8], value: &[u8]) {
         let mut borrow = false;
         for (limb, term) in self.0.iter_mut().zip(row_hash(table, key, value)) {
             let (first, under) = limb.overflowing_sub(term);
@@ -34,14 +34,24 @@ impl StateHash {
         bytes
     }
 
+    /// What [`StateHash::to_array`] gave; none when it has another length.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let bytes: [u8; 32] = bytes.try_into().ok()?;
+        let mut limbs = [0; 4];
+        for (limb, chunk) in limbs.iter_mut().zip(bytes.chunks_exact(8)) {
+            *limb = u64::from_le_bytes(chunk.try_into().ok()?);
+        }
+        Some(Self(limbs))
+    }
+
     pub(super) fn to_bytes(self) -> Vec<u8> {
         self.to_array().to_vec()
     }
 }
 
-fn row_hash(table: Table, key: &[u8], value: &[u8]) -> [u64; 4] {
+fn row_hash(table: u8, key: &[u8], value: &[u8]) -> [u64; 4] {
     let mut hasher = Sha256::new();
-    hasher.update([table as u8]);
+    hasher.update([table]);
     hasher.update((key.len() as u64).to_be_bytes());
     hasher.update(key);
     hasher.update(value);

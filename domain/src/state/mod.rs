@@ -51,6 +51,8 @@ pub struct Changes {
     pub rows: Vec<RowChange>,
     /// Journal.
     pub journal: Vec<JournalRow>,
+    /// The journal's hash after some of these rows: those whose number [`crate::limits::JOURNAL_MARK_EVERY`] divides.
+    pub journal_marks: Vec<(u64, [u8; 32])>,
     /// The same events, decoded.
     pub events: Vec<Envelope>,
     /// The journal may forget rows up to here.
@@ -109,27 +111,48 @@ pub enum LoadError {
         #[source]
         source: prost::DecodeError,
     },
-    /// The rows are not those that the metadata was written with.
-    #[error("the rows do not add up to the stored state hash")]
+    /// The stored hash has another length.
+    #[error("the stored state hash is none")]
     Hash,
 }
 
 impl State {
-    /// The state that rows and metadata came from.
+    /// The state that rows and metadata came from. The hash is taken from the metadata as it stands;
+    /// [`State::adds_up`] tells whether the rows add up to it.
     pub fn load(meta: Meta, rows: impl IntoIterator<Item = RowChange>) -> Result<Self, LoadError> {
         let mut state = Self { meta, ..Self::default() };
         for row in rows {
             let table = Table::from_number(row.table).ok_or(LoadError::Table(row.table))?;
             if let Some(value) = row.value {
                 let keys = table.index_of(&value).map_err(|source| LoadError::Row { table, source })?;
-                state.set(table, &row.key, Some(value), &[], &keys);
+                for index in &keys {
+                    state.index.insert(Place::of(table, index), row.key.as_slice().into());
+                }
+                state.tables[table as usize].insert(row.key.as_slice().into(), value);
             }
         }
-        if state.meta.state_hash.is_empty() || state.meta.state_hash == state.hash.to_bytes() {
-            Ok(state)
+        state.hash = if state.meta.state_hash.is_empty() {
+            state.rows_hash()
         } else {
-            Err(LoadError::Hash)
+            StateHash::from_bytes(&state.meta.state_hash).ok_or(LoadError::Hash)?
+        };
+        Ok(state)
+    }
+
+    /// The hash of the rows as they are, taken anew. Takes time.
+    pub fn rows_hash(&self) -> StateHash {
+        let mut hash = StateHash::default();
+        for row in self.all_rows() {
+            if let Some(value) = &row.value {
+                hash.add(row.table, &row.key, value);
+            }
         }
+        hash
+    }
+
+    /// Whether the rows add up to the hash that is kept as they come and go. Takes time.
+    pub fn adds_up(&self) -> bool {
+        self.rows_hash() == self.hash
     }
 
     /// Decides a command and applies what it leads to. Pure and total: a refusal is an outcome.
@@ -153,6 +176,7 @@ impl State {
         *self = state;
         changes.rows.extend(made.rows);
         changes.journal.extend(made.journal);
+        changes.journal_marks.extend(made.journal_marks);
         changes.events.extend(made.events);
         changes.compact_journal_upto = made.compact_journal_upto.or(changes.compact_journal_upto);
         outcome
@@ -300,14 +324,14 @@ impl State {
             }
         }
         if let Some(value) = &value {
-            self.hash.add(table, key, value);
+            self.hash.add(table as u8, key, value);
         }
         let old = match value {
             Some(value) => self.tables[table as usize].insert(key.into(), value),
             None => self.tables[table as usize].remove(key),
         };
         if let Some(old) = &old {
-            self.hash.remove(table, key, old);
+            self.hash.remove(table as u8, key, old);
         }
         old
     }

@@ -11,7 +11,7 @@ use std::{
     sync::Arc,
 };
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::{Engine, Op, Pair, Space, View, Visit, WriteBatch};
 use crate::Error;
@@ -28,6 +28,32 @@ pub enum Fault {
     /// Power is lost before the write; all that was not synced is gone.
     PowerLoss,
 }
+
+/// Something that an engine is about to do, for a trap to look at.
+#[derive(Debug, Clone, Copy)]
+pub enum Step<'a> {
+    /// A write; a mere sync is an empty batch.
+    Write {
+        /// What is written.
+        batch: &'a WriteBatch,
+        /// Whether it is synced.
+        sync: bool,
+    },
+    /// A checkpoint.
+    Checkpoint,
+}
+
+/// Which side of a step a trap cuts the power on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Moment {
+    /// The step is not done.
+    Before,
+    /// The step is done, and durable if it was to be; whoever asked for it never hears.
+    After,
+}
+
+/// Says whether a step is the one to crash at.
+type Trap = Box<dyn FnMut(&Step<'_>) -> bool + Send>;
 
 /// The disk under a memory engine. Clones share it.
 #[derive(Clone, Default)]
@@ -54,6 +80,9 @@ struct Inner {
     full: bool,
     stalled: bool,
     checkpoints: BTreeMap<PathBuf, Tables>,
+    trap: Option<(Moment, Trap)>,
+    /// Disks of the same machine: they lose their power together.
+    beside: Vec<Disk>,
 }
 
 impl Disk {
@@ -69,6 +98,7 @@ impl Disk {
             return Err(Error::Locked { path: PathBuf::from("memory"), holder: String::new() });
         }
         inner.opened = true;
+        inner.checkpoints.clear();
         Ok(Mem { disk: self.clone(), life: inner.life })
     }
 
@@ -76,6 +106,49 @@ impl Disk {
     pub fn cut_power(&self, keep: usize) {
         self.shared.inner.lock().cut_power(keep);
         self.shared.resumed.notify_all();
+    }
+
+    /// Cuts the power of both disks at the first step on this one that `trap` names.
+    pub fn set_trap(&self, moment: Moment, beside: &Disk, trap: impl FnMut(&Step<'_>) -> bool + Send + 'static) {
+        let mut inner = self.shared.inner.lock();
+        inner.trap = Some((moment, Box::new(trap)));
+        inner.beside = vec![beside.clone()];
+    }
+
+    /// Whether a trap is still waiting.
+    pub fn has_trap(&self) -> bool {
+        self.shared.inner.lock().trap.is_some()
+    }
+
+    /// Takes an unsprung trap away.
+    pub fn clear_trap(&self) {
+        self.shared.inner.lock().trap = None;
+    }
+
+    /// Does a step of the engine of `life`, or crashes on one side of it.
+    fn step(
+        &self,
+        mut inner: MutexGuard<'_, Inner>,
+        life: u64,
+        step: &Step<'_>,
+        work: impl FnOnce(&mut Inner) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let sprung = inner.trap.as_mut().is_some_and(|(_, trap)| trap(step));
+        let moment = if sprung { inner.trap.take().map(|(moment, _)| moment) } else { None };
+        if moment != Some(Moment::Before) {
+            work(&mut inner)?;
+        }
+        if moment.is_some() && inner.life == life {
+            inner.cut_power(0);
+            let beside = std::mem::take(&mut inner.beside);
+            drop(inner);
+            self.shared.resumed.notify_all();
+            for disk in beside {
+                disk.cut_power(0);
+            }
+            return Err(Error::Closed);
+        }
+        Ok(())
     }
 
     /// How many batches a loss of power could take.
@@ -206,12 +279,15 @@ impl Engine for Mem {
             None if inner.full => return Err(Error::NoSpace { path: path() }),
             None => {}
         }
-        apply(&mut inner.live, &batch);
-        inner.unsynced.push(batch);
-        if sync {
-            inner.sync();
-        }
-        Ok(())
+        let step = Step::Write { batch: &batch, sync };
+        self.disk.step(inner, self.life, &step, |inner| {
+            apply(&mut inner.live, &batch);
+            inner.unsynced.push(batch.clone());
+            if sync {
+                inner.sync();
+            }
+            Ok(())
+        })
     }
 
     fn sync(&self) -> Result<(), Error> {
@@ -224,13 +300,18 @@ impl Engine for Mem {
     }
 
     fn checkpoint(&self, dir: &Path) -> Result<(), Error> {
-        let mut inner = self.disk.shared.inner.lock();
-        if inner.checkpoints.contains_key(dir) {
-            return Err(Error::io("make a checkpoint in", dir)(io::ErrorKind::AlreadyExists.into()));
+        let inner = self.disk.shared.inner.lock();
+        if inner.life != self.life {
+            return Err(Error::Closed);
         }
-        let copy = inner.live.clone();
-        inner.checkpoints.insert(dir.to_owned(), copy);
-        Ok(())
+        self.disk.step(inner, self.life, &Step::Checkpoint, |inner| {
+            if inner.checkpoints.contains_key(dir) {
+                return Err(Error::io("make a checkpoint in", dir)(io::ErrorKind::AlreadyExists.into()));
+            }
+            let copy = inner.live.clone();
+            inner.checkpoints.insert(dir.to_owned(), copy);
+            Ok(())
+        })
     }
 
     fn open_checkpoint(&self, dir: &Path) -> Result<Arc<dyn Engine>, Error> {
@@ -244,6 +325,11 @@ impl Engine for Mem {
             inner.full = true;
         }
         Ok(Arc::new(disk.open()?))
+    }
+
+    fn remove_checkpoint(&self, dir: &Path) -> Result<(), Error> {
+        self.disk.shared.inner.lock().checkpoints.remove(dir);
+        Ok(())
     }
 }
 

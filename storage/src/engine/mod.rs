@@ -81,4 +81,6 @@ pub trait Engine: View + Send + Sync + 'static {
     fn checkpoint(&self, dir: &Path) -> Result<(), Error>;
     /// Opens a copy that [`Engine::checkpoint`] made; it cannot be written.
     fn open_checkpoint(&self, dir: &Path) -> Result<Arc<dyn Engine>, Error>;
+    /// Removes such a copy once nothing reads it; one that is not there is no error.
+    fn remove_checkpoint(&self, dir: &Path) -> Result<(), Error>;
 }

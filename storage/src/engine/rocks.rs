@@ -10,7 +10,7 @@ use std::{
 };
 
 use rocksdb::{
-    ColumnFamily, DB, DBCompressionType, DBRawIterator, DBRecoveryMode, LogLevel, Options, ReadOptions, Snapshot,
+    ColumnFamily, DB, DBCompressionType, DBRawIterator, DBRecoveryMode, InfoLogger, LogLevel, Options, ReadOptions, Snapshot,
     WriteOptions, checkpoint::Checkpoint,
 };
 
@@ -47,6 +47,16 @@ impl Rocks {
         let mut options = options();
         options.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
         Rocks::open(path, &options, Space::STATE)
+    }
+
+    /// Opens a database to read what stands in it now: takes no lock and writes no file, its own log neither.
+    pub fn look_at(path: &Path) -> Result<Rocks, Error> {
+        let mut options = Options::default();
+        options.set_info_logger(InfoLogger::new_callback_logger(LogLevel::Fatal, |_, _| ()));
+        let opened = DB::list_cf(&options, path)
+            .and_then(|names| DB::open_cf_for_read_only(&options, path, names, false))
+            .map_err(|error| failed("read the database", path, error))?;
+        Ok(Rocks { db: opened, path: path.to_owned() })
     }
 
     fn open(path: &Path, options: &Options, spaces: &[Space]) -> Result<Rocks, Error> {
@@ -114,11 +124,14 @@ impl Engine for Rocks {
     }
 
     fn open_checkpoint(&self, dir: &Path) -> Result<Arc<dyn Engine>, Error> {
-        let options = Options::default();
-        let names = DB::list_cf(&options, dir).map_err(|error| failed("open the checkpoint", dir, error))?;
-        let db = DB::open_cf_for_read_only(&options, dir, names, false)
-            .map_err(|error| failed("open the checkpoint", dir, error))?;
-        Ok(Arc::new(Rocks { db, path: dir.to_owned() }))
+        Ok(Arc::new(Rocks::look_at(dir)?))
+    }
+
+    fn remove_checkpoint(&self, dir: &Path) -> Result<(), Error> {
+        match std::fs::remove_dir_all(dir) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", dir)(error)),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -186,11 +199,14 @@ fn last_of(mut rows: DBRawIterator<'_>) -> Result<Option<Pair>, rocksdb::Error> 
     rows.status().map(|()| None)
 }
 
-/// RocksDB tells a full disk and a held lock only in its text.
+/// RocksDB tells a full disk, a read-only one and a held lock only in its text.
 fn failed(what: &'static str, path: &Path, error: rocksdb::Error) -> Error {
     let text = error.as_ref();
     if text.contains("No space left") {
         return Error::NoSpace { path: path.to_owned() };
+    }
+    if text.contains("Read-only file system") {
+        return Error::ReadOnly { path: path.to_owned() };
     }
     if text.contains("lock hold by current process") || (text.contains("/LOCK") && text.contains("unavailable")) {
         return Error::Locked { path: path.to_owned(), holder: String::new() };

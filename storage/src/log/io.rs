@@ -15,7 +15,10 @@ use super::{
 use crate::{
     Error,
     engine::{END, Engine, Space, WriteBatch},
-    metrics::{LOG_BATCH_BYTES, LOG_BATCH_REQUESTS, LOG_QUEUE_FULL_TOTAL, LOG_QUEUE_REQUESTS, LOG_SYNC_SECONDS},
+    metrics::{
+        LOG_BATCH_BYTES, LOG_BATCH_REQUESTS, LOG_QUEUE_FULL_TOTAL, LOG_QUEUE_REQUESTS, LOG_SYNC_MAX_SECONDS,
+        LOG_SYNC_SECONDS, RecentMax,
+    },
 };
 
 pub(super) enum Op {
@@ -64,6 +67,7 @@ pub(super) struct Inner {
     /// Since when the requests that are being written have waited.
     writing_since: Option<Instant>,
     requests: u64,
+    slowest: RecentMax,
     tail: Tail,
     pub(super) sizes: Sizes,
     /// Raised by each truncation, so that a reader notices one that overtook it.
@@ -389,11 +393,13 @@ impl Shared {
             None if batch.is_empty() => Ok(()),
             None => self.engine.write(batch, sync),
         };
-        if sync {
-            metrics::histogram!(LOG_SYNC_SECONDS).record(begun.elapsed());
-        }
         {
             let mut inner = self.inner.lock();
+            if sync {
+                let took = begun.elapsed();
+                metrics::histogram!(LOG_SYNC_SECONDS).record(took);
+                metrics::gauge!(LOG_SYNC_MAX_SECONDS).set(inner.slowest.take(took, Instant::now()).as_secs_f64());
+            }
             inner.writing_since = None;
             match &result {
                 Ok(()) => {

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use super::{Bounds, LogId, Vote, codec, sizes::Sizes};
 use crate::{
     Error,
-    engine::{END, Engine, Space, WriteBatch},
+    engine::{END, Engine, Space, View, WriteBatch},
 };
 
 pub(super) const VOTE: &[u8] = b"vote";
@@ -27,7 +27,45 @@ pub(super) struct Found {
     pub(super) sizes: Sizes,
 }
 
+/// What a log holds, as it lies there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Inspection {
+    /// Where it begins and ends.
+    pub bounds: Bounds,
+    /// The vote.
+    pub vote: Option<Vote>,
+    /// What was known to be committed.
+    pub committed: Option<LogId>,
+    /// The last index of a damaged end that an earlier start dropped.
+    pub suspect: Option<u64>,
+    /// A damaged end that the next start drops: its first index, and what is wrong.
+    pub damaged_end: Option<(u64, String)>,
+}
+
+/// Checks every record and changes nothing.
+///
+/// **Errors:** [`Error::LogDamaged`] names a record that cannot be trusted and has readable ones behind it.
+pub fn inspect(engine: &dyn View) -> Result<Inspection, Error> {
+    let (found, bad) = look(engine)?;
+    let Found { bounds, vote, committed, suspect, .. } = found;
+    Ok(Inspection { bounds, vote, committed, suspect, damaged_end: bad.map(|bad| (bad.first, bad.why)) })
+}
+
 pub(super) fn recover(engine: &dyn Engine) -> Result<Found, Error> {
+    let (mut found, bad) = look(engine)?;
+    if let Some(bad) = bad {
+        let end = found.suspect.map_or(bad.last, |end| end.max(bad.last));
+        tracing::warn!(index = bad.first, why = bad.why, "dropped the damaged end of the log");
+        let mut batch = WriteBatch::new();
+        batch.delete_range(Space::Log, codec::key(bad.first), END);
+        batch.put(Space::LogMeta, SUSPECT, codec::encode_meta(end));
+        engine.write(batch, true)?;
+        found.suspect = Some(end);
+    }
+    Ok(found)
+}
+
+fn look(engine: &dyn View) -> Result<(Found, Option<Bad>), Error> {
     let mut found = Found {
         begin: 0,
         bounds: Bounds::default(),
@@ -42,19 +80,10 @@ pub(super) fn recover(engine: &dyn Engine) -> Result<Found, Error> {
     found.bounds.last = scan.last;
     found.sizes = scan.sizes;
     found.begin = found.bounds.last_purged.map(|id| id.index + 1).or(scan.first).unwrap_or(0);
-    if let Some(bad) = scan.bad {
-        let end = found.suspect.map_or(bad.last, |end| end.max(bad.last));
-        tracing::warn!(index = bad.first, why = bad.why, "dropped the damaged end of the log");
-        let mut batch = WriteBatch::new();
-        batch.delete_range(Space::Log, codec::key(bad.first), END);
-        batch.put(Space::LogMeta, SUSPECT, codec::encode_meta(end));
-        engine.write(batch, true)?;
-        found.suspect = Some(end);
-    }
-    Ok(found)
+    Ok((found, scan.bad))
 }
 
-fn meta<T: bincode::Decode<()>>(engine: &dyn Engine, key: &[u8], what: &'static str) -> Result<Option<T>, Error> {
+fn meta<T: bincode::Decode<()>>(engine: &dyn View, key: &[u8], what: &'static str) -> Result<Option<T>, Error> {
     let Some(bytes) = engine.read(Space::LogMeta, key)? else { return Ok(None) };
     codec::decode_meta(&bytes).map(Some).map_err(|why| Error::MetaDamaged { what, why })
 }
@@ -76,7 +105,7 @@ struct Bad {
 }
 
 impl Scan {
-    fn run(engine: &dyn Engine, purged: Option<LogId>) -> Result<Scan, Error> {
+    fn run(engine: &dyn View, purged: Option<LogId>) -> Result<Scan, Error> {
         let mut scan = Scan { first: None, last: purged, bad: None, refused: None, sizes: Sizes::default() };
         let from = purged.map_or(0, |id| id.index + 1);
         let walked = engine.iterate(Space::Log, &codec::key(from), None, &mut |key, value| scan.visit(key, value));

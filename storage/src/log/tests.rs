@@ -333,6 +333,33 @@ fn requests_are_finished_in_order_and_a_full_queue_makes_the_next_one_wait() {
     assert_eq!(indices(&open(&disk)), (0..count).collect::<Vec<_>>());
 }
 
+#[test]
+fn what_the_log_weighs_is_known_again_after_reopening() {
+    let disk = Disk::new();
+    let log = open(&disk);
+    let payload = Payload::Normal(Bytes::from(vec![7; 200 << 10]));
+    let heavy = |index| Record { id: LogId { term: 1, node: 1, index }, payload: payload.clone() };
+    append(&log, (0..40).map(heavy).collect()).expect("appends");
+    let (written_bytes, cut) = (log.written_bytes(), log.index_behind(4 << 20));
+    assert!(written_bytes > 40 * (200 << 10) && cut.is_some_and(|cut| (10..20).contains(&cut)), "{cut:?}");
+    drop(log);
+    let log = open(&disk);
+    assert_eq!((log.written_bytes(), log.index_behind(4 << 20)), (written_bytes, cut));
+}
+
+#[test]
+fn a_note_is_kept_with_the_next_write() {
+    let disk = Disk::new();
+    let log = open(&disk);
+    log.save_note(b"one".to_vec());
+    append(&log, records(1, 0..1)).expect("appends");
+    log.save_note(b"two".to_vec());
+    assert_eq!(log.note().as_deref(), Some(b"two".as_slice()));
+    disk.cut_power(0);
+    drop(log);
+    assert_eq!(open(&disk).note().as_deref(), Some(b"one".as_slice()));
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Append(u64),

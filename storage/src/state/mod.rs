@@ -23,7 +23,7 @@ use std::{
 use parking_lot::Mutex;
 
 pub use selvedge_domain::{JournalRow, RowChange};
-pub use snapshot::{Snapshot, verify};
+pub use snapshot::{Head, Snapshot, verify};
 
 use crate::{
     Error,
@@ -54,13 +54,34 @@ pub struct StateStore {
     engine: Arc<dyn Engine>,
     /// The side in use; held while writing, so that an install is not overtaken.
     side: Mutex<Space>,
+    writing: Writing,
+}
+
+/// The calls of the engine that have not come back.
+#[derive(Default)]
+struct Writing {
+    begun: Mutex<Vec<Instant>>,
+}
+
+impl Writing {
+    /// Counts a call as under way while it lasts.
+    fn watch<T>(&self, call: impl FnOnce() -> T) -> T {
+        let begun = Instant::now();
+        self.begun.lock().push(begun);
+        let done = call();
+        let mut under_way = self.begun.lock();
+        if let Some(at) = under_way.iter().position(|other| *other == begun) {
+            under_way.swap_remove(at);
+        }
+        done
+    }
 }
 
 impl StateStore {
     /// Opens the state, and clears what an interrupted install left behind.
     pub fn open(engine: Arc<dyn Engine>) -> Result<StateStore, Error> {
         let side = side_of(&*engine)?;
-        let store = StateStore { engine, side: Mutex::new(side) };
+        let store = StateStore { engine, side: Mutex::new(side), writing: Writing::default() };
         store.clear(other(side))?;
         Ok(store)
     }
@@ -85,14 +106,14 @@ impl StateStore {
             batch.put(Space::Journal, row.seq.to_be_bytes(), row.bytes.to_vec());
         }
         batch.put(Space::StateMeta, META, meta);
-        self.engine.write(batch, sync)?;
+        self.put(batch, sync)?;
         metrics::histogram!(STATE_WRITE_SECONDS).record(begun.elapsed());
         Ok(())
     }
 
     /// Makes durable all that was written.
     pub fn sync(&self) -> Result<(), Error> {
-        self.engine.sync()
+        self.writing.watch(|| self.engine.sync())
     }
 
     /// Visits all rows in order of table and key; returns the meta of the last write, `None` if there was none.
@@ -144,7 +165,7 @@ impl StateStore {
         let mut batch = WriteBatch::new();
         batch.put(Space::StateMeta, COMPACTED, upto_seq.to_be_bytes());
         batch.delete_range(Space::Journal, 0u64.to_be_bytes(), (upto_seq.saturating_add(1)).to_be_bytes());
-        self.engine.write(batch, false)
+        self.put(batch, false)
     }
 
     /// Streams all rows as they stand at this moment; writes go on meanwhile. Returns the meta that belongs to them.
@@ -157,9 +178,21 @@ impl StateStore {
         Ok(meta)
     }
 
+    /// How long the oldest write or sync that has not come back has been under way; 0 when there is none. For the
+    /// watchdog.
+    pub fn oldest_write_ms(&self) -> u64 {
+        let oldest = self.writing.begun.lock().iter().min().copied();
+        oldest.map_or(0, |begun| u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX))
+    }
+
     /// Makes a durable copy of the state in a directory that must not exist.
     pub fn checkpoint(&self, dir: &Path) -> Result<(), Error> {
         self.engine.checkpoint(dir)
+    }
+
+    /// Removes a copy that nobody reads any more.
+    pub fn remove_checkpoint(&self, dir: &Path) -> Result<(), Error> {
+        self.engine.remove_checkpoint(dir)
     }
 
     /// Opens a copy that [`StateStore::checkpoint`] made, to be exported.
@@ -175,23 +208,23 @@ impl StateStore {
         let mut side = self.side.lock();
         let spare = other(*side);
         self.clear(spare)?;
-        let done = self.fill(spare, from).and_then(|header| {
+        let done = self.fill(spare, from).and_then(|head| {
             let mut batch = WriteBatch::new();
             batch.put(Space::StateMeta, SIDE, [side_byte(spare)]);
-            batch.put(Space::StateMeta, META, header.meta.clone());
-            batch.put(Space::StateMeta, COMPACTED, header.journal_last.to_be_bytes());
+            batch.put(Space::StateMeta, META, head.meta.clone());
+            batch.put(Space::StateMeta, COMPACTED, head.journal_last.to_be_bytes());
             batch.clear(Space::Journal);
             // Synced, and with it every batch of rows before it.
-            self.engine.write(batch, true)?;
-            Ok(header)
+            self.put(batch, true)?;
+            Ok(head)
         });
         match done {
-            Ok(header) => {
+            Ok(head) => {
                 let old = std::mem::replace(&mut *side, spare);
                 if let Err(error) = self.clear(old) {
                     tracing::warn!(%error, "the replaced state is cleared at the next start");
                 }
-                Ok(header.meta)
+                Ok(head.meta)
             }
             Err(error) => {
                 if let Err(error) = self.clear(spare) {
@@ -202,17 +235,21 @@ impl StateStore {
         }
     }
 
-    fn fill(&self, spare: Space, from: impl Read) -> Result<snapshot::Header, Error> {
+    fn fill(&self, spare: Space, from: impl Read) -> Result<Head, Error> {
         let mut batch = WriteBatch::new();
-        let header = snapshot::read(from, &mut |key, value| {
+        let head = snapshot::read(from, &mut |key, value| {
             batch.put(spare, key, value);
             if batch.size_bytes() >= INSTALL_BATCH_BYTES {
-                self.engine.write(std::mem::take(&mut batch), false)?;
+                self.put(std::mem::take(&mut batch), false)?;
             }
             Ok(())
         })?;
-        self.engine.write(batch, false)?;
-        Ok(header)
+        self.put(batch, false)?;
+        Ok(head)
+    }
+
+    fn put(&self, batch: WriteBatch, sync: bool) -> Result<(), Error> {
+        self.writing.watch(|| self.engine.write(batch, sync))
     }
 
     fn clear(&self, side: Space) -> Result<(), Error> {
@@ -221,7 +258,7 @@ impl StateStore {
         }
         let mut batch = WriteBatch::new();
         batch.clear(side);
-        self.engine.write(batch, false)
+        self.put(batch, false)
     }
 }
 
@@ -247,6 +284,11 @@ fn side_of(view: &dyn View) -> Result<Space, Error> {
         Some(b"b") => Ok(Space::StateB),
         Some(found) => Err(Error::MetaDamaged { what: "side", why: format!("it is `{}`", hex::encode(found)) }),
     }
+}
+
+/// The side in use, the meta, and the last sequence number of the journal.
+pub(crate) fn head(view: &dyn View) -> Result<(Space, Option<Vec<u8>>, u64), Error> {
+    Ok((side_of(view)?, view.read(Space::StateMeta, META)?, bounds(view)?.last))
 }
 
 fn compacted(view: &dyn View) -> Result<u64, Error> {

@@ -25,10 +25,14 @@ const END: u8 = b'E';
 const BLOCK_BYTES: usize = 1 << 20;
 
 /// What a snapshot says of itself.
-pub(super) struct Header {
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Head {
     /// Last sequence number of the journal when it was taken.
-    pub(super) journal_last: u64,
-    pub(super) meta: Vec<u8>,
+    pub journal_last: u64,
+    /// The meta of the last write that it holds.
+    pub meta: Vec<u8>,
+    /// How many rows it holds.
+    pub rows: u64,
 }
 
 /// A durable copy of the state.
@@ -52,9 +56,14 @@ impl Snapshot {
     }
 }
 
-/// Checks a whole exported stream without installing it; returns its meta.
-pub fn verify(from: impl Read) -> Result<Vec<u8>, Error> {
-    read(from, &mut |_, _| Ok(())).map(|header| header.meta)
+/// Checks a whole exported stream without installing it, and shows each row's table, key and value.
+pub fn verify(from: impl Read, mut visit: impl FnMut(u8, &[u8], &[u8])) -> Result<Head, Error> {
+    read(from, &mut |key, value| {
+        if let Some((&table, key)) = key.split_first() {
+            visit(table, key, value);
+        }
+        Ok(())
+    })
 }
 
 pub(super) fn export(view: &dyn View, to: impl Write) -> Result<Vec<u8>, Error> {
@@ -101,14 +110,14 @@ pub(super) fn export(view: &dyn View, to: impl Write) -> Result<Vec<u8>, Error> 
 type OnRow<'a> = dyn FnMut(&[u8], &[u8]) -> Result<(), Error> + 'a;
 
 /// Reads a whole stream, checking it; what `row` did before an error must be undone by the caller.
-pub(super) fn read(from: impl Read, row: &mut OnRow<'_>) -> Result<Header, Error> {
+pub(super) fn read(from: impl Read, row: &mut OnRow<'_>) -> Result<Head, Error> {
     let mut source = Source::new(from);
     let (tag, header, _) = source.read()?;
     let header = header.strip_prefix(MAGIC).filter(|_| tag == HEADER).and_then(|rest| rest.split_first_chunk::<8>());
     let Some((journal_last, meta)) = header else {
         return Err(source.damaged("it does not begin like a snapshot"));
     };
-    let header = Header { journal_last: u64::from_be_bytes(*journal_last), meta: meta.to_vec() };
+    let (journal_last, meta) = (u64::from_be_bytes(*journal_last), meta.to_vec());
 
     let mut rows = 0u64;
     let mut last_key: Option<Vec<u8>> = None;
@@ -137,7 +146,7 @@ pub(super) fn read(from: impl Read, row: &mut OnRow<'_>) -> Result<Header, Error
                     return Err(source.damaged("its number of rows or its digest does not match"));
                 }
                 source.end()?;
-                return Ok(header);
+                return Ok(Head { journal_last, meta, rows });
             }
             _ => return Err(source.damaged("a block is of an unknown kind")),
         }

@@ -107,7 +107,10 @@ fn an_exported_state_is_installed_as_it_was() {
     let disk = Disk::new();
     let store = filled(&disk);
     let bytes = exported(&store);
-    assert_eq!(verify(bytes.as_slice()).expect("verifies"), b"meta 3");
+    let head = Head { journal_last: 3, meta: b"meta 3".to_vec(), rows: 2 };
+    let mut shown = Rows::new();
+    let seen = verify(bytes.as_slice(), |table, key, value| drop(shown.insert((table, key.to_vec()), value.to_vec())));
+    assert_eq!((seen.expect("verifies"), shown), (head, load(&store).0));
     let other = Disk::new();
     let target = open(&other);
     target.write(&[row(9, b"old", Some(b"old"))], &[event(1)], b"meta 1", true).expect("writes");
@@ -182,6 +185,24 @@ fn an_export_is_of_one_moment_and_a_checkpoint_is_another_way_to_one() {
     copy.export(&mut bytes).expect("exports");
     assert_eq!(copy.meta().expect("reads").as_deref(), Some(b"meta 3".as_slice()));
     assert_eq!(bytes, before);
+}
+
+#[test]
+fn the_watchdog_sees_a_write_that_does_not_come_back() {
+    let disk = Disk::new();
+    let store = Arc::new(open(&disk));
+    assert_eq!(store.oldest_write_ms(), 0);
+    disk.set_stalled(true);
+    let theirs = store.clone();
+    let writer = std::thread::spawn(move || theirs.sync());
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while store.oldest_write_ms() < 5 {
+        assert!(std::time::Instant::now() < deadline);
+        std::thread::yield_now();
+    }
+    disk.set_stalled(false);
+    writer.join().expect("no panic").expect("synced at last");
+    assert_eq!(store.oldest_write_ms(), 0);
 }
 
 #[cfg(feature = "rocksdb")]
