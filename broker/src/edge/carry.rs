@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use rustix::time::{ClockId, clock_gettime};
 use selvedge_domain::Id;
 use selvedge_domain::path::{BetterBroker, Pair};
 use selvedge_domain::rows::Segment;
@@ -23,7 +22,7 @@ use super::listener::OPEN_TIMEOUT;
 use super::opens::{self, Admitted};
 use super::sessions::{Session, next_look};
 use super::tickets::Hop;
-use super::{Edge, dial, metrics, push};
+use super::{Edge, boottime_ms, dial, metrics, push};
 use crate::audit::{Record, SessionClose};
 use crate::relay::{Closed, Flow, Why};
 
@@ -51,7 +50,7 @@ pub(super) async fn carry(edge: &Arc<Edge>, end: &Arc<End>, open: &Open, admitte
     drop(entered);
     let why = match &ended {
         Ended::Carried(closed) => why_of(&session, closed),
-        Ended::Failed(code) => code.as_str(),
+        Ended::Failed(code) => session.cut_code().unwrap_or(*code).as_str(),
     };
     if let Ended::Failed(code) = ended {
         tracing::Span::current().record("code", code.as_str());
@@ -257,9 +256,4 @@ fn first_answer(connector: &TcpStream) -> impl Future<Output = bool> + use<> {
             Err(error) => error.kind() == ErrorKind::WouldBlock,
         }
     }
-}
-
-fn boottime_ms() -> u64 {
-    let now = clock_gettime(ClockId::Boottime);
-    now.tv_sec as u64 * 1_000 + now.tv_nsec as u64 / 1_000_000
 }

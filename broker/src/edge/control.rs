@@ -112,7 +112,7 @@ async fn greet(
     );
     answer(Out::Hello(own_hello(edge, &state, hello.stream)));
     edge.tickets.open_stream(end.key);
-    if let Err(refused) = edge.ends.attach(&end) {
+    if let Err(refused) = edge.ends.attach(&end, edge.limits()) {
         edge.tickets.close_stream(end.key);
         let why = match refused {
             Refused::Older => "older",
@@ -250,7 +250,9 @@ fn take(edge: &Arc<Edge>, end: &Arc<End>, message: In) {
         }
         In::Pong(_) => {}
         In::LeaseAsk(ask) => {
-            end.send(Out::LeaseLeft(LeaseLeft { nonce: ask.nonce, left_ms: edge.ground.lease_left_ms() }));
+            // Ends that are no connectors owe nothing.
+            let left_ms = edge.lease_left_for(end.subject);
+            end.send(Out::LeaseLeft(LeaseLeft { nonce: ask.nonce, left_ms }));
         }
         In::Health(health) if is_connector => edge.routing.health(end.subject, &health),
         In::DialAnswer(answer) if is_connector => edge.dials.answered(end.subject, &answer),
@@ -305,7 +307,7 @@ async fn renewal(edge: Arc<Edge>, end: Arc<End>, csr: Vec<u8>) {
 }
 
 async fn renew(edge: &Edge, end: &End, csr: &[u8]) -> Result<(Vec<Vec<u8>>, Vec<u8>), String> {
-    use selvedge_domain::command::{Body, CertificateIssued, Subject};
+    use selvedge_domain::command::Subject;
     let Some(issuer) = &edge.issuer else { return Err("this broker is no issuer".into()) };
     if csr.len() > CSR_BYTES_MAX {
         return Err("the request is too long".into());
@@ -320,15 +322,7 @@ async fn renew(edge: &Edge, end: &End, csr: &[u8]) -> Result<(Vec<Vec<u8>>, Vec<
         Kind::Workload => Subject::Workload(end.subject),
         _ => Subject::Connector(end.subject),
     };
-    edge.ground
-        .propose(Body::CertificateIssued(CertificateIssued {
-            serial: issued.serial.clone(),
-            subject: issued.id.to_string(),
-            key_sha256: issued.spki_sha256,
-            not_after_ms: issued.not_after_ms,
-            of,
-        }))
-        .await?;
+    edge.ground.propose(issued.command(of)).await?;
     let grant = match end.login_grant() {
         // The same login, bound to the new key: nothing else of it changes.
         Some(grant) => {

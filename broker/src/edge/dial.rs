@@ -26,7 +26,7 @@ use crate::routing::Via;
 pub const CONFIRM_TIMEOUT: Duration = Duration::from_millis(500);
 /// Application and hop must both be there by then; also the time to the connector's first byte.
 pub const READY_TIMEOUT: Duration = Duration::from_secs(2);
-/// A cut that the connector has not confirmed by then is left to the reset of its hop.
+/// A connector that has not confirmed a cut by then is told again, or left to the reset of its hop.
 pub const CUT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The id in a message of 16 bytes.
@@ -124,7 +124,7 @@ async fn try_dial(
             (ticket, None, Some(awaited))
         }
     };
-    let dial = message(edge, &state, session, segment, &ticket, hop.is_some());
+    let dial = message(edge, &state, session, segment, connector, &ticket, hop.is_some());
     let answer = ask(edge, &state, session, via, connector, dial);
     tokio::pin!(answer);
 
@@ -175,7 +175,15 @@ fn failure(code: u32) -> SessionCode {
     }
 }
 
-fn message(edge: &Edge, state: &State, session: &Session, segment: &Segment, ticket: &Ticket, parked: bool) -> Dial {
+fn message(
+    edge: &Edge,
+    state: &State,
+    session: &Session,
+    segment: &Segment,
+    connector: Id,
+    ticket: &Ticket,
+    parked: bool,
+) -> Dial {
     Dial {
         session: session.id.to_be_bytes().to_vec(),
         ticket: ticket.as_bytes().to_vec(),
@@ -186,7 +194,7 @@ fn message(edge: &Edge, state: &State, session: &Session, segment: &Segment, tic
         transport: session.endpoint.transport as u32,
         principal: principal_text(session.caller.principal),
         presenter: session.caller.peer.id.to_string(),
-        lease_left_ms: edge.ground.lease_left_ms(),
+        lease_left_ms: edge.lease_left_for(connector),
         traceparent: trace::onward(&session.traceparent),
         deadline_ms: READY_TIMEOUT.as_millis() as u64,
         idle_ms: segment.idle_ms,
@@ -233,14 +241,16 @@ async fn ask(
 pub(super) fn abandon(edge: &Arc<Edge>, session: &Session, connector: Id, code: SessionCode) {
     let (edge, id) = (edge.clone(), session.id);
     tokio::spawn(async move {
-        cut(&edge, connector, id, code).await;
+        if !cut(&edge, connector, id, code).await {
+            metrics::cut_unconfirmed();
+        }
     });
 }
 
 /// Cuts a session at its connector; true when the connector has confirmed that nothing passes any more.
 pub(super) async fn cut(edge: &Edge, connector: Id, session: u128, code: SessionCode) -> bool {
     let message = Cut { session: session.to_be_bytes().to_vec(), code: code as u32 };
-    let confirmed = match edge.routing.via(connector) {
+    match edge.routing.via(connector) {
         Some(Via::Here) => cut_here(edge, connector, message).await,
         Some(Via::Broker(node)) => match edge.ground.relay(node) {
             Some(mut relay) => {
@@ -253,11 +263,7 @@ pub(super) async fn cut(edge: &Edge, connector: Id, session: u128, code: Session
         },
         // Nobody reaches it: its hop was reset, and its fence is the lease that it was told.
         None => false,
-    };
-    if !confirmed {
-        metrics::cut_unconfirmed();
     }
-    confirmed
 }
 
 /// Cuts a session at a connector that is attached here.

@@ -17,20 +17,15 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
+use super::limits::Limits;
 use super::metrics;
 use super::standing::Caller;
 use super::tickets::StreamKey;
 
 /// Messages that wait to be sent on one control stream; when it is full, the stream is closed.
 pub const CONTROL_QUEUE_MAX: usize = 256;
-/// Control streams at one broker; further ones are refused.
-pub const CONTROL_STREAMS_MAX: usize = 20_000;
 /// `Open`s of one control stream that are being decided; further ones are `busy`.
 pub const OPENS_IN_FLIGHT_MAX: usize = 256;
-/// `Open`s of one control stream per second, and how many at once after a pause.
-pub const OPENS_PER_SECOND_MAX: f64 = 200.0;
-/// Names that one control stream may ask for per second, and at once.
-pub const RESOLVES_PER_SECOND_MAX: f64 = 100.0;
 
 /// One attached end.
 pub(super) struct End {
@@ -71,8 +66,8 @@ impl End {
             grant,
             closed,
             in_flight: Arc::new(Semaphore::new(OPENS_IN_FLIGHT_MAX)),
-            opens: Mutex::new(Bucket::new(OPENS_PER_SECOND_MAX)),
-            resolves: Mutex::new(Bucket::new(RESOLVES_PER_SECOND_MAX)),
+            opens: Mutex::new(Bucket::full()),
+            resolves: Mutex::new(Bucket::full()),
             why: OnceLock::new(),
             out,
         })
@@ -158,9 +153,9 @@ impl Ends {
         self.next_key.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    pub(super) fn attach(&self, end: &Arc<End>) -> Result<(), Refused> {
+    pub(super) fn attach(&self, end: &Arc<End>, limits: Limits) -> Result<(), Refused> {
         let mut attached = self.attached.write();
-        if attached.len() >= CONTROL_STREAMS_MAX {
+        if attached.len() >= limits.control_streams as usize {
             return Err(Refused::Full);
         }
         if attached.get(&end.slot()).is_some_and(|before| before.number >= end.number && !before.closed.is_cancelled())
@@ -200,23 +195,22 @@ impl Ends {
     }
 }
 
-/// A budget that refills with time.
+/// A budget that refills with time; how fast may change.
 pub(super) struct Bucket {
-    per_second: f64,
     left: f64,
     at: Instant,
 }
 
 impl Bucket {
-    fn new(per_second: f64) -> Self {
-        Self { per_second, left: per_second, at: Instant::now() }
+    fn full() -> Self {
+        Self { left: f64::INFINITY, at: Instant::now() }
     }
 
     /// Takes one; false when there is none left.
-    pub(super) fn take(&mut self, now: Instant) -> bool {
-        let passed = now.saturating_duration_since(self.at);
+    pub(super) fn take(&mut self, now: Instant, per_second: u32) -> bool {
+        let (passed, per_second) = (now.saturating_duration_since(self.at), f64::from(per_second));
         self.at = now;
-        self.left = (self.left + passed.as_secs_f64() * self.per_second).min(self.per_second);
+        self.left = (self.left + passed.as_secs_f64() * per_second).min(per_second);
         let enough = self.left >= 1.0;
         if enough {
             self.left -= 1.0;
@@ -225,8 +219,8 @@ impl Bucket {
     }
 
     /// When there will be one.
-    pub(super) fn wait(&self) -> Duration {
-        Duration::from_secs_f64(((1.0 - self.left) / self.per_second).max(0.001))
+    pub(super) fn wait(&self, per_second: u32) -> Duration {
+        Duration::from_secs_f64(((1.0 - self.left) / f64::from(per_second)).max(0.001))
     }
 }
 
@@ -257,9 +251,11 @@ pub(super) mod tests {
         let (first, _a) = end_of(Kind::Connector, 5, 10, 1);
         let (older, _b) = end_of(Kind::Connector, 5, 9, 2);
         let (later, _c) = end_of(Kind::Connector, 5, 11, 3);
-        assert_eq!(ends.attach(&first), Ok(()));
-        assert_eq!(ends.attach(&older), Err(Refused::Older));
-        assert_eq!(ends.attach(&later), Ok(()));
+        let limits = Limits { control_streams: 1, ..Limits::default() };
+        assert_eq!(ends.attach(&first, Limits::default()), Ok(()));
+        assert_eq!(ends.attach(&older, Limits::default()), Err(Refused::Older));
+        assert_eq!(ends.attach(&later, limits), Err(Refused::Full), "as many as there may be");
+        assert_eq!(ends.attach(&later, Limits::default()), Ok(()));
         assert!(first.closed.is_cancelled() && !later.closed.is_cancelled());
         ends.detach(&first);
         assert_eq!(ends.connector(Id::new(1, 5)).map(|end| end.key), Some(3), "the later one stays");
@@ -270,7 +266,8 @@ pub(super) mod tests {
         let ends = Ends::default();
         let (one, _a) = end_of(Kind::Workload, 5, 10, 1);
         let (other, _b) = end_of(Kind::Workload, 5, 3, 2);
-        assert_eq!((ends.attach(&one), ends.attach(&other)), (Ok(()), Ok(())));
+        let attach = |end| ends.attach(end, Limits::default());
+        assert_eq!((attach(&one), attach(&other)), (Ok(()), Ok(())));
         assert_eq!(ends.all().len(), 2);
     }
 
@@ -287,9 +284,11 @@ pub(super) mod tests {
 
     #[test]
     fn a_bucket_refills_with_time() {
-        let mut bucket = Bucket::new(2.0);
+        let mut bucket = Bucket::full();
         let now = Instant::now();
-        assert!(bucket.take(now) && bucket.take(now) && !bucket.take(now));
-        assert!(bucket.take(now + Duration::from_millis(600)));
+        assert!(bucket.take(now, 2) && bucket.take(now, 2) && !bucket.take(now, 2));
+        let later = now + Duration::from_millis(600);
+        assert!(bucket.take(later, 2) && !bucket.take(later, 2));
+        assert!(bucket.take(later + Duration::from_millis(100), 100), "a new rate holds from the next one on");
     }
 }

@@ -2,22 +2,24 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
-use selvedge_cluster::Enforcer;
+use selvedge_cluster::{Confirmation, Enforcer};
 use selvedge_domain::event::{Deleted, Envelope, Event};
 use selvedge_domain::policy::Principal;
-use selvedge_domain::rows::User;
+use selvedge_domain::rows::{Connector, User};
 use selvedge_domain::state::{IndexKey, Table};
 use selvedge_domain::{Id, State};
 use selvedge_proto::frame::SessionCode;
 use selvedge_proto::identity::{Kind, SpiffeId};
 use selvedge_proto::relay::relay_server::RelayServer;
+use tokio::task::JoinHandle;
 
 use super::ends::End;
 use super::relay_service::RelayService;
 use super::sessions::{Session, Touched};
 use super::standing::Unfit;
-use super::{Edge, dial, metrics, standing};
+use super::{Edge, boottime_ms, dial, metrics, standing};
 
 /// Stands in for the edge where the cluster must be told of it before it exists: the cluster calls it, and until
 /// [`Hook::set`] there is nothing to enforce and nothing to relay.
@@ -46,48 +48,57 @@ impl Hook {
 }
 
 impl Enforcer for Hook {
-    fn enforce(&self, state: &Arc<State>, events: &[Envelope]) {
-        if let Some(edge) = self.edge() {
-            edge.enforce(state, events);
-        }
+    fn enforce(&self, state: &Arc<State>, events: &[Envelope]) -> Confirmation {
+        self.edge()?.enforce(state, events)
     }
 
-    fn replaced(&self, state: &Arc<State>) {
-        if let Some(edge) = self.edge() {
-            edge.enforce_touched(state, &Touched { all: true, ..Touched::default() }, true);
-        }
+    fn replaced(&self, state: &Arc<State>) -> Confirmation {
+        self.edge()?.enforce_touched(state, &Touched { all: true, ..Touched::default() }, true)
     }
 }
 
 impl Edge {
     /// Judges again everything that these events touch; when it returns, nothing that is no longer allowed is forwarded.
+    /// What it answers ends when the connectors of the sessions that it cut have confirmed, or their fences are over.
     ///
     /// Blocks: to be called from a thread that may.
-    pub fn enforce(&self, state: &Arc<State>, events: &[Envelope]) {
+    pub fn enforce(self: &Arc<Self>, state: &Arc<State>, events: &[Envelope]) -> Confirmation {
         let found = Found::in_events(state, self.anchors.trust_domain(), events);
-        self.enforce_touched(state, &found.touched, found.ends);
+        self.enforce_touched(state, &found.touched, found.ends)
     }
 
-    fn enforce_touched(&self, state: &Arc<State>, touched: &Touched, ends: bool) {
+    fn enforce_touched(self: &Arc<Self>, state: &Arc<State>, touched: &Touched, ends: bool) -> Confirmation {
         if ends {
             self.check_ends(state);
         }
         if touched.is_nothing() {
-            return;
+            return None;
         }
         let sessions = self.sessions.touched(touched);
         if sessions.is_empty() {
-            return;
+            return None;
         }
         metrics::judged(sessions.len());
         // The newest state: it is at least as strict as what happens to be enforced now.
         let newest = self.ground.state();
-        let cut: Vec<Arc<Session>> =
+        let mut cut: Vec<Arc<Session>> =
             sessions.into_iter().filter(|session| self.judge_again(session, &newest, false)).collect();
-        if !cut.is_empty() {
-            tracing::info!(sessions = cut.len(), position = %state.position(), "sessions are cut by a change");
-            self.runtime.block_on(self.confirm(&cut));
+        // What does not carry yet looks at the cut between saying that it carries and its first byte.
+        cut.retain(|session| session.carried.load(Ordering::Acquire));
+        if cut.is_empty() {
+            return None;
         }
+        tracing::info!(sessions = cut.len(), position = %state.position(), "sessions are cut by a change");
+        let confirmed: Vec<_> = cut.iter().filter_map(|session| self.confirmed(session, &newest)).collect();
+        // Waited for to the end, however long that takes: a broker that cannot stop what it carries keeps no lease.
+        self.runtime.block_on(futures::future::join_all(cut.iter().map(|session| session.over.cancelled())));
+        if confirmed.is_empty() {
+            return None;
+        }
+        Some(Box::pin(async {
+            // One that panicked is a bug that the log tells; its session's hops are reset in any case.
+            futures::future::join_all(confirmed).await;
+        }))
     }
 
     /// Ends that no longer stand lose their control stream, and with it their tickets and parked hops.
@@ -107,27 +118,32 @@ impl Edge {
         self.tickets.close_stream(end.key);
     }
 
-    /// Waits until nothing of these sessions is forwarded here, and their connectors have said the same.
-    async fn confirm(&self, cut: &[Arc<Session>]) {
-        let each = cut.iter().map(|session| async move {
+    /// Tells a session's connector of the cut until it confirms, but no longer than its fence can last. None when its
+    /// word is worth nothing: then it was cut off itself.
+    fn confirmed(self: &Arc<Self>, session: &Arc<Session>, state: &State) -> Option<JoinHandle<()>> {
+        let connector = session.connector()?;
+        state.by_id::<Connector>(connector).filter(|row| !row.revoked)?;
+        let owing = self.owed.enter(connector, boottime_ms() + self.ground.lease_left_ms());
+        let fence = Duration::from_millis(self.ground.lease_told_over_ms());
+        let (edge, session) = (self.clone(), session.clone());
+        Some(self.runtime.spawn(async move {
             let code = session.cut_code().unwrap_or(SessionCode::Revoked);
-            let told = async {
-                if let Some(connector) = session.connector() {
-                    dial::cut(self, connector, session.id, code).await;
+            let confirmed = async {
+                while !dial::cut(&edge, connector, session.id, code).await {
+                    tokio::time::sleep(CUT_RETRY).await;
                 }
             };
-            // What carries is waited for to its end, however long that takes: a broker that cannot stop it keeps no
-            // lease. What does not yet looks at the cut between saying that it carries and its first byte.
-            let over = async {
-                if session.carried.load(Ordering::Acquire) {
-                    session.over.cancelled().await;
-                }
-            };
-            tokio::join!(over, told);
-        });
-        futures::future::join_all(each).await;
+            if tokio::time::timeout(fence, confirmed).await.is_err() {
+                metrics::fence_waited_for();
+                tracing::warn!(%connector, session = session.name(), "a connector did not confirm a cut; its fence is over");
+            }
+            drop(owing);
+        }))
     }
 }
+
+/// Between two attempts to tell a connector of a cut.
+const CUT_RETRY: Duration = Duration::from_millis(200);
 
 /// What events touch.
 struct Found<'a> {

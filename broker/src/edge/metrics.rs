@@ -14,6 +14,7 @@ const OPEN_SECONDS: &str = "selvedge_edge_open_seconds";
 const DIALS: &str = "selvedge_edge_dials_total";
 const CUTS: &str = "selvedge_edge_cuts_total";
 const CUT_UNCONFIRMED: &str = "selvedge_edge_cuts_unconfirmed_total";
+const FENCES_WAITED_FOR: &str = "selvedge_edge_fences_waited_for_total";
 const SECOND_CHOICES: &str = "selvedge_edge_second_choices_total";
 const RESOLVES: &str = "selvedge_edge_resolves_total";
 const LIMITED: &str = "selvedge_edge_limited_total";
@@ -33,6 +34,7 @@ pub(super) fn describe() {
     describe_counter!(DIALS, "dials of connectors, by outcome");
     describe_counter!(CUTS, "sessions cut, by why");
     describe_counter!(CUT_UNCONFIRMED, "cuts that the connector did not confirm in time");
+    describe_counter!(FENCES_WAITED_FOR, "cuts by a change that no connector confirmed before its fence was over");
     describe_counter!(SECOND_CHOICES, "sessions that were given to their second connector");
     describe_counter!(RESOLVES, "names resolved, by outcome");
     describe_counter!(LIMITED, "requests refused by a limit, by limit");
@@ -86,6 +88,10 @@ pub(super) fn cut(why: &'static str) {
 
 pub(super) fn cut_unconfirmed() {
     counter!(CUT_UNCONFIRMED).increment(1);
+}
+
+pub(super) fn fence_waited_for() {
+    counter!(FENCES_WAITED_FOR).increment(1);
 }
 
 pub(super) fn second_choice() {

@@ -17,14 +17,16 @@ mod ground;
 mod judge;
 pub mod knock;
 mod lease;
+mod limits;
 mod listener;
 mod metrics;
 mod opens;
+mod owed;
 pub mod push;
 mod relay_service;
 mod resolve;
 mod sessions;
-mod standing;
+pub(crate) mod standing;
 mod strangers;
 mod stream;
 #[cfg(test)]
@@ -36,6 +38,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
+use rustix::time::{ClockId, clock_gettime};
+use selvedge_domain::Id;
 use selvedge_proto::frame::SessionCode;
 use selvedge_proto::identity::Anchors;
 use tokio::net::TcpListener;
@@ -49,14 +54,13 @@ use crate::relay::Relay;
 use crate::routing::{self, Routing};
 
 pub use dial::{CONFIRM_TIMEOUT, READY_TIMEOUT};
-pub use ends::{
-    CONTROL_QUEUE_MAX, CONTROL_STREAMS_MAX, OPENS_IN_FLIGHT_MAX, OPENS_PER_SECOND_MAX, RESOLVES_PER_SECOND_MAX,
-};
+pub use ends::{CONTROL_QUEUE_MAX, OPENS_IN_FLIGHT_MAX};
 pub use enforce::Hook;
 pub use ground::Ground;
+pub use limits::Limits;
 pub use listener::{HANDSHAKES_MAX, PENDING_MAX, PENDING_PER_PREFIX_MAX, SHOW_TIMEOUT};
 pub use opens::REFUSAL_FLOOR;
-pub use sessions::{SESSIONS_MAX, SESSIONS_PER_PRINCIPAL_MAX, SessionInfo};
+pub use sessions::SessionInfo;
 pub use tickets::{PARKED_HOPS_MAX, TICKETS_PER_STREAM_MAX};
 
 /// How long sessions that are cut at the end of a drain have to record it.
@@ -85,6 +89,8 @@ pub struct Parts {
     pub routing: Arc<Routing>,
     /// Moves bytes.
     pub relay: Relay,
+    /// What it admits at most, to begin with.
+    pub limits: Limits,
 }
 
 /// The edge of this broker.
@@ -105,17 +111,19 @@ pub struct Edge {
     tickets: Arc<tickets::Tickets>,
     sessions: Arc<sessions::Sessions>,
     dials: dial::Dials,
+    owed: Arc<owed::Owed>,
     knocks: knock::Knocks,
     strangers: strangers::Counted,
     brokers: watch::Sender<Option<selvedge_proto::control::Brokers>>,
     draining: AtomicBool,
+    limits: ArcSwap<Limits>,
 }
 
 impl Edge {
     /// An edge that serves nobody yet. To be called on the runtime that it will use.
     pub fn new(parts: Parts) -> Arc<Self> {
         metrics::describe();
-        let Parts { name, region, ground, anchors, tls, audit, issuer, decider, routing, relay } = parts;
+        let Parts { name, region, ground, anchors, tls, audit, issuer, decider, routing, relay, limits } = parts;
         Arc::new(Self {
             name,
             region,
@@ -133,10 +141,12 @@ impl Edge {
             tickets: Arc::default(),
             sessions: Arc::default(),
             dials: dial::Dials::default(),
+            owed: Arc::default(),
             knocks: knock::Knocks::default(),
             strangers: strangers::Counted::default(),
             brokers: watch::Sender::new(None),
             draining: AtomicBool::new(false),
+            limits: ArcSwap::from_pointee(limits),
         })
     }
 
@@ -171,6 +181,16 @@ impl Edge {
         self.sessions.len()
     }
 
+    /// What it admits at most.
+    pub fn limits(&self) -> Limits {
+        **self.limits.load()
+    }
+
+    /// Admits as much from now on. What is there already stays.
+    pub fn set_limits(&self, limits: Limits) {
+        self.limits.store(Arc::new(limits));
+    }
+
     /// The signed list of brokers that ends are given; none before an issuer signed one.
     pub fn broker_list(&self) -> Option<selvedge_proto::control::Brokers> {
         self.brokers.borrow().clone()
@@ -199,10 +219,21 @@ impl Edge {
         left.len()
     }
 
+    /// What a connector is told is left of the lease.
+    fn lease_left_for(&self, connector: Id) -> u64 {
+        self.owed.left_ms(connector, boottime_ms(), self.ground.lease_left_ms())
+    }
+
     fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Acquire)
             || self.ground.state().broker(self.ground.node()).is_some_and(|broker| broker.draining)
     }
+}
+
+/// Milliseconds on a clock that a pause does not stop.
+fn boottime_ms() -> u64 {
+    let now = clock_gettime(ClockId::Boottime);
+    now.tv_sec as u64 * 1_000 + now.tv_nsec as u64 / 1_000_000
 }
 
 /// 16 random bytes as a number.

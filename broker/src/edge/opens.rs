@@ -44,9 +44,10 @@ pub(super) fn open(edge: &Arc<Edge>, end: &Arc<End>, open: Open) {
         metrics::limited("opens_in_flight");
         return refuse(end, &open, SessionCode::Busy, String::new(), BUSY_RETRY_MS);
     };
-    if !end.opens.lock().take(begun) {
+    let per_second = edge.limits().opens_per_second;
+    if !end.opens.lock().take(begun, per_second) {
         metrics::limited("opens");
-        let wait_ms = end.opens.lock().wait().as_millis() as u64;
+        let wait_ms = end.opens.lock().wait(per_second).as_millis() as u64;
         return refuse(end, &open, SessionCode::Busy, String::new(), wait_ms.max(1));
     }
     let (edge, end) = (edge.clone(), end.clone());
@@ -129,7 +130,7 @@ async fn admit(
     let id = random_u128().ok_or_else(Refused::busy)?;
     let session = Session::new(id, caller.clone(), endpoint, program, edge.ground.now_ms(), traceparent);
     tracing::Span::current().record("session", session.name());
-    let Some(entered) = edge.sessions.enter(&session) else {
+    let Some(entered) = edge.sessions.enter(&session, edge.limits()) else {
         metrics::limited("sessions");
         return Err(Refused::busy());
     };

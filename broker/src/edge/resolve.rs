@@ -27,7 +27,7 @@ pub const PORTS_ASKED_MAX: usize = 64;
 /// Answers a `Resolve`.
 pub(super) async fn resolve(edge: Arc<Edge>, end: Arc<End>, ask: Resolve) {
     let begun = Instant::now();
-    let within = end.resolves.lock().take(begun);
+    let within = end.resolves.lock().take(begun, edge.limits().resolves_per_second);
     let address = if within {
         address(&edge, &end, &ask.host)
     } else {

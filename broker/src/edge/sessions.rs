@@ -17,14 +17,10 @@ use serde::Serialize;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use super::limits::Limits;
 use super::metrics;
 use super::standing::{Caller, principal_text};
 use crate::relay::Counters;
-
-/// Sessions of one principal at this broker; further ones are `busy`.
-pub const SESSIONS_PER_PRINCIPAL_MAX: usize = 2_000;
-/// Sessions of this broker; further ones are `busy`.
-pub const SESSIONS_MAX: usize = 50_000;
 
 /// One stitched connection, from `Open` on.
 pub(super) struct Session {
@@ -224,10 +220,10 @@ impl Drop for Entered {
 
 impl Sessions {
     /// Enters a session; none when a limit is reached.
-    pub(super) fn enter(self: &Arc<Self>, session: &Arc<Session>) -> Option<Entered> {
+    pub(super) fn enter(self: &Arc<Self>, session: &Arc<Session>, limits: Limits) -> Option<Entered> {
         let mut inner = self.inner.lock();
         let of_principal = inner.by_principal.get(&session.caller.principal).map_or(0, BTreeSet::len);
-        if inner.by_id.len() >= SESSIONS_MAX || of_principal >= SESSIONS_PER_PRINCIPAL_MAX {
+        if inner.by_id.len() >= limits.sessions as usize || of_principal >= limits.sessions_per_principal as usize {
             return None;
         }
         inner.by_id.insert(session.id, session.clone());
@@ -357,7 +353,7 @@ pub(super) mod tests {
     fn a_change_touches_only_the_sessions_of_what_it_names() {
         let sessions = Arc::new(Sessions::default());
         let (a, b, c) = (session_of(1, 10, 20), session_of(2, 10, 21), session_of(3, 11, 22));
-        let entered: Vec<Entered> = [&a, &b, &c].map(|s| sessions.enter(s).unwrap()).into();
+        let entered: Vec<Entered> = [&a, &b, &c].map(|s| sessions.enter(s, Limits::default()).unwrap()).into();
         sessions.set_segment(&a, Id::new(1, 30));
         sessions.set_connector(&a, Id::new(1, 40));
         sessions.set_connector(&c, Id::new(1, 41));

@@ -16,7 +16,7 @@ use crate::audit::{Initiator, Party};
 
 /// Why an end is not let in. A closed set, for metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Unfit {
+pub(crate) enum Unfit {
     /// Nobody has this id, or this broker does not know it yet.
     Unknown,
     /// The certificate's serial number is not in the log, or not in this broker's part of it yet.
@@ -30,7 +30,7 @@ pub(super) enum Unfit {
 }
 
 impl Unfit {
-    pub(super) fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Unknown => "unknown_id",
             Self::CertificateUnknown => "unknown_certificate",
@@ -48,7 +48,7 @@ impl Unfit {
 }
 
 /// Checks an end's id, generation and certificate.
-pub(super) fn check(state: &State, peer: &Peer, now_ms: u64) -> Result<Id, Unfit> {
+pub(crate) fn check(state: &State, peer: &Peer, now_ms: u64) -> Result<Id, Unfit> {
     let id: Id = peer.id.id().parse().map_err(|_| Unfit::Unknown)?;
     let found = match peer.id.kind() {
         Kind::Client => state.by_id::<Device>(id).map(|row| (row.revoked, row.generation)),
@@ -56,6 +56,16 @@ pub(super) fn check(state: &State, peer: &Peer, now_ms: u64) -> Result<Id, Unfit
         Kind::Connector => state.by_id::<Connector>(id).map(|row| (row.revoked, row.generation)),
         _ => return Err(Unfit::WrongKind),
     };
+    check_certificate(state, peer, found, now_ms).map(|()| id)
+}
+
+/// Checks the certificate of somebody of whom the state says whether it was revoked, and its generation.
+pub(crate) fn check_certificate(
+    state: &State,
+    peer: &Peer,
+    found: Option<(bool, u64)>,
+    now_ms: u64,
+) -> Result<(), Unfit> {
     let (revoked, generation) = found.ok_or(Unfit::Unknown)?;
     if revoked {
         return Err(Unfit::Revoked);
@@ -73,7 +83,7 @@ pub(super) fn check(state: &State, peer: &Peer, now_ms: u64) -> Result<Id, Unfit
     if row.not_after_ms.min(peer.not_after_ms) <= now_ms {
         return Err(Unfit::Expired);
     }
-    Ok(id)
+    Ok(())
 }
 
 /// A login grant that was verified for the device that presents it.
