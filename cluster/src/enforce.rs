@@ -1,82 +1,124 @@
 //! Enforcing what was published, reporting it, and knowing when all have done so.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::pin::Pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use selvedge_domain::{Envelope, Id, State};
 use selvedge_proto::peer as wire;
 use serde::Serialize;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tonic::Request;
 
 use crate::convert;
-use crate::core::Core;
+use crate::core::{Core, NoWrites};
 use crate::dial::Purpose;
 use crate::error::{Error, Fatal};
 use crate::lease::surely_over_ms;
-use crate::metrics::{ENFORCE_SECONDS, ENFORCED_INDEX};
+use crate::metrics::{ENFORCE_SECONDS, ENFORCED_INDEX, STATE_DIFFERS_TOTAL};
 use crate::published::{HashesAt, ToEnforce};
 
 /// Judges sessions, pending opens and tickets again when the state has changed.
 ///
 /// Called in order, from a thread that may block, after the state was published; when a call returns, everything that
-/// the change touches has been judged again and the refused are closed.
+/// the change touches has been judged again and the refused are closed. That is what the freshness lease waits for; what
+/// it answers is waited for only before the change counts as enforced everywhere.
 pub trait Enforcer: Send + Sync + 'static {
     /// These events led to this state.
-    fn enforce(&self, state: &Arc<State>, events: &[Envelope]);
+    fn enforce(&self, state: &Arc<State>, events: &[Envelope]) -> Confirmation;
 
     /// The state was replaced as a whole (at start, and when a snapshot was installed): judge everything again.
-    fn replaced(&self, state: &Arc<State>);
+    fn replaced(&self, state: &Arc<State>) -> Confirmation;
 }
+
+/// Ends when the far ends of what was closed have said so, or can pass nothing on any more; none when nothing was closed.
+///
+/// It makes its way without being polled, and must end by itself: one that does not is overtaken by the leases' end.
+pub type Confirmation = Option<Pin<Box<dyn Future<Output = ()> + Send>>>;
 
 /// For brokers that hold no sessions.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NothingToEnforce;
 
 impl Enforcer for NothingToEnforce {
-    fn enforce(&self, _state: &Arc<State>, _events: &[Envelope]) {}
-    fn replaced(&self, _state: &Arc<State>) {}
-}
+    fn enforce(&self, _state: &Arc<State>, _events: &[Envelope]) -> Confirmation {
+        None
+    }
 
-/// How far this broker enforces.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct EnforcedAt {
-    /// Index after the last entry enforced.
-    pub(crate) next_index: u64,
-    pub(crate) position: Id,
+    fn replaced(&self, _state: &Arc<State>) -> Confirmation {
+        None
+    }
 }
 
 /// Changes that are enforced with one call.
 const COALESCED_MAX: usize = 256;
 
+/// Changes that are enforced here and wait for their confirmation, in order.
+///
+/// Not more than there are changes that closed something: what closed nothing is done with the one before it.
+#[derive(Default)]
+struct Confirming(VecDeque<(Id, Pin<Box<dyn Future<Output = ()> + Send>>)>);
+
+impl Confirming {
+    /// Answers the position when it is confirmed at once.
+    fn push(&mut self, position: Id, confirmation: Confirmation) -> Option<Id> {
+        match (confirmation, self.0.back_mut()) {
+            (Some(confirmation), _) => self.0.push_back((position, confirmation)),
+            (None, Some((last, _))) => *last = position,
+            (None, None) => return Some(position),
+        }
+        None
+    }
+
+    /// The next position that is confirmed; never, while nothing waits.
+    ///
+    /// **Cancel safety**: nothing is lost.
+    async fn next(&mut self) -> Id {
+        let Some((position, confirmation)) = self.0.front_mut() else { return std::future::pending().await };
+        confirmation.await;
+        let position = *position;
+        self.0.pop_front();
+        position
+    }
+}
+
 /// Enforces what is published until the queue closes.
 pub(crate) async fn run(core: Arc<Core>, enforcer: Arc<dyn Enforcer>, mut queue: mpsc::Receiver<ToEnforce>) {
     let mut changes = Vec::new();
+    let mut confirming = Confirming::default();
     loop {
         tokio::select! {
             () = core.stop.cancelled() => return,
+            position = confirming.next() => {
+                core.confirmed.send_replace(position);
+                continue;
+            }
             received = queue.recv_many(&mut changes, COALESCED_MAX) => if received == 0 { return },
         }
         let begun = Instant::now();
         let Some(last) = changes.last() else { continue };
-        let at = EnforcedAt { next_index: last.index + 1, position: last.state.position() };
+        let (index, position) = (last.index, last.state.position());
         let batch = std::mem::take(&mut changes);
         let enforcer = enforcer.clone();
-        let judged = tokio::task::spawn_blocking(move || judge(&*enforcer, batch)).await;
-        if judged.is_err() {
+        let judged = core.blocking.call(move || judge(&*enforcer, batch)).await;
+        let Ok(confirmation) = judged else {
             // What was not judged must not count as enforced, now or later: the lease is not renewed any more, and only
             // a new start, which judges nothing because it carries nothing, gets another one.
-            core.fail(Fatal::Enforcing { index: at.next_index.saturating_sub(1) });
+            core.fail(Fatal::Enforcing { index });
             return;
+        };
+        core.enforced.send_replace(index + 1);
+        if let Some(position) = confirming.push(position, confirmation) {
+            core.confirmed.send_replace(position);
         }
-        core.enforced.send_replace(at);
         ::metrics::histogram!(ENFORCE_SECONDS).record(begun.elapsed());
-        ::metrics::gauge!(ENFORCED_INDEX).set(at.next_index.saturating_sub(1) as f64);
+        ::metrics::gauge!(ENFORCED_INDEX).set(index as f64);
     }
 }
 
-fn judge(enforcer: &dyn Enforcer, batch: Vec<ToEnforce>) {
+fn judge(enforcer: &dyn Enforcer, batch: Vec<ToEnforce>) -> Confirmation {
     let mut events = Vec::new();
     let mut replaced = false;
     let mut state = None;
@@ -85,11 +127,13 @@ fn judge(enforcer: &dyn Enforcer, batch: Vec<ToEnforce>) {
         events.extend(change.events);
         state = Some(change.state);
     }
-    let Some(state) = state else { return };
+    let state = state?;
     if replaced {
-        enforcer.replaced(&state);
-    } else if !events.is_empty() {
-        enforcer.enforce(&state, &events);
+        enforcer.replaced(&state)
+    } else if events.is_empty() {
+        None
+    } else {
+        enforcer.enforce(&state, &events)
     }
 }
 
@@ -104,7 +148,7 @@ const REPORT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Keeps one task for each other member, which tells it what this broker enforces.
 pub(crate) async fn report(core: Arc<Core>) {
     let mut told = HashSet::new();
-    let mut tasks: HashMap<u64, tokio_util::sync::CancellationToken> = HashMap::new();
+    let mut tasks: BTreeMap<u64, tokio_util::sync::CancellationToken> = BTreeMap::new();
     loop {
         let members = core.members();
         tasks.retain(|node, task| {
@@ -129,17 +173,18 @@ pub(crate) async fn report(core: Arc<Core>) {
 }
 
 async fn report_to(core: Arc<Core>, node: u64, stop: tokio_util::sync::CancellationToken) {
-    let mut enforced = core.enforced.subscribe();
+    let mut confirmed = core.confirmed.subscribe();
     loop {
-        let at = *enforced.borrow_and_update();
+        let position = *confirmed.borrow_and_update();
         let mut client = core.peer_client(node, Purpose::Control);
         let hashes = core.published.last_hashes();
         let mut request = Request::new(wire::ReportRequest {
-            enforced_index: at.next_index,
-            enforced: Some(convert::position(at.position)),
+            enforced_index: *core.enforced.borrow(),
+            enforced: Some(convert::position(position)),
             applied_index: hashes.as_ref().map_or(0, |hashes| hashes.index),
             state_hash: hashes.as_ref().map(|hashes| hashes.state.to_vec()).unwrap_or_default(),
             journal_hash: hashes.map(|hashes| hashes.journal).unwrap_or_default(),
+            no_room: *core.closed_to_writes.lock() == Some(NoWrites::NoRoom),
         });
         request.set_timeout(REPORT_TIMEOUT);
         tokio::select! {
@@ -151,7 +196,7 @@ async fn report_to(core: Arc<Core>, node: u64, stop: tokio_util::sync::Cancellat
         tokio::time::sleep(REPORT_INTERVAL_MIN).await;
         tokio::select! {
             () = stop.cancelled() => return,
-            _ = enforced.changed() => {}
+            _ = confirmed.changed() => {}
             () = tokio::time::sleep(REPORT_INTERVAL_MAX) => {}
         }
     }
@@ -170,11 +215,21 @@ pub(crate) struct Reports {
 struct Reported {
     enforced: Id,
     hashes: VecDeque<HashesAt>,
+    /// The last that could be compared were not ours.
+    differs: bool,
+    no_room: bool,
 }
 
 impl Reports {
-    pub(crate) fn take(&mut self, node: u64, report: wire::ReportRequest) {
+    /// Takes a report; whether it is the first in a row of which the hashes differ from ours.
+    pub(crate) fn take(
+        &mut self,
+        node: u64,
+        report: wire::ReportRequest,
+        ours: impl Fn(u64) -> Option<HashesAt>,
+    ) -> bool {
         let reported = self.nodes.entry(node).or_default();
+        reported.no_room = report.no_room;
         reported.enforced = reported.enforced.max(convert::position_back(report.enforced));
         if let Ok(state) = report.state_hash.try_into()
             && reported.hashes.back().is_none_or(|last| last.index != report.applied_index)
@@ -182,8 +237,18 @@ impl Reports {
             if reported.hashes.len() == REPORTED_HASHES_MAX {
                 reported.hashes.pop_front();
             }
-            reported.hashes.push_back(HashesAt { index: report.applied_index, state, journal: report.journal_hash });
+            let theirs = HashesAt { index: report.applied_index, state, journal: report.journal_hash };
+            let differs = ours(theirs.index).map_or(reported.differs, |ours| ours != theirs);
+            reported.hashes.push_back(theirs);
+            let before = std::mem::replace(&mut reported.differs, differs);
+            return differs && !before;
         }
+        false
+    }
+
+    /// One of these that has room on its disks.
+    pub(crate) fn roomy(&self, voters: &[u64]) -> Option<u64> {
+        voters.iter().copied().find(|voter| self.nodes.get(voter).is_some_and(|reported| !reported.no_room))
     }
 
     fn enforced(&self, node: u64) -> Option<Id> {
@@ -217,16 +282,20 @@ impl Reports {
 }
 
 /// Takes another broker's report, and stops this broker when a majority holds another state.
-pub(crate) fn take_report(core: &Core, node: u64, report: wire::ReportRequest) {
+pub(crate) fn take_report(core: &Arc<Core>, node: u64, report: wire::ReportRequest) {
     let index = report.applied_index;
     let differs = {
         let mut reports = core.reports.lock();
-        reports.take(node, report);
+        if reports.take(node, report, |index| core.published.hashes_at(index)) {
+            // Who is wrong, a majority says; until it does this wants somebody's attention.
+            ::metrics::counter!(STATE_DIFFERS_TOTAL).increment(1);
+            tracing::error!(code = "SE0119", node, index, "this broker's state differs from ours");
+        }
         reports.differs(core.node, &core.voters(), index, |index| core.published.hashes_at(index))
     };
     core.reported.send_modify(|count| *count += 1);
     if let Some(index) = differs {
-        core.fail(Fatal::StateDiffers { index });
+        core.fail_after_transfer(Fatal::StateDiffers { index });
     }
 }
 
@@ -264,7 +333,7 @@ pub struct Enforced {
 
 /// Waits until every broker enforces `position`, or cannot hold a lease without it, or `wait` is over.
 pub(crate) async fn everywhere(core: &Core, position: Id, wait: Duration) -> Result<Enforced, Error> {
-    let deadline = tokio::time::Instant::now() + wait;
+    let deadline = Instant::now() + wait;
     tokio::time::timeout_at(deadline, core.wait_applied(position)).await.map_err(|_| Error::TimedOut)??;
     let seen_ms = core.clock.boottime_ms();
     let over_ms = seen_ms + surely_over_ms(core.longest_lease_ms());
@@ -273,13 +342,13 @@ pub(crate) async fn everywhere(core: &Core, position: Id, wait: Duration) -> Res
     let receipt = |node, how| Receipt { node, how, at_ms: core.published.now_ms() };
 
     let mut reported = core.reported.subscribe();
-    let mut own = core.enforced.subscribe();
+    let mut own = core.confirmed.subscribe();
     let holders = core.holders(deadline);
     tokio::pin!(holders);
     let mut asked = false;
     loop {
         reported.mark_unchanged();
-        let own_position = own.borrow_and_update().position;
+        let own_position = *own.borrow_and_update();
         {
             let reports = core.reports.lock();
             open.retain(|node, ()| {
@@ -294,7 +363,7 @@ pub(crate) async fn everywhere(core: &Core, position: Id, wait: Duration) -> Res
             receipts.extend(open.keys().map(|node| receipt(*node, How::LeaseOver)));
             open.clear();
         }
-        if open.is_empty() || tokio::time::Instant::now() >= deadline {
+        if open.is_empty() || Instant::now() >= deadline {
             break;
         }
         let left = Duration::from_millis(over_ms - now_ms);
@@ -339,13 +408,13 @@ mod tests {
     #[test]
     fn who_differs_from_a_majority_is_told_and_nobody_without_one() {
         let mut reports = Reports::default();
-        reports.take(2, report(7, 9));
+        reports.take(2, report(7, 9), ours);
         assert_eq!(reports.differs(1, &[1, 2, 3], 7, ours), None, "one of three is no majority");
-        reports.take(3, report(7, 8));
+        reports.take(3, report(7, 8), ours);
         assert_eq!(reports.differs(1, &[1, 2, 3], 7, ours), None, "all three differ from each other");
-        reports.take(3, report(8, 9));
+        reports.take(3, report(8, 9), ours);
         assert_eq!(reports.differs(1, &[1, 2, 3], 8, ours), None, "the other one did not report this index");
-        reports.take(2, report(8, 9));
+        reports.take(2, report(8, 9), ours);
         assert_eq!(reports.differs(1, &[1, 2, 3], 8, ours), Some(8));
         assert_eq!(reports.differs(1, &[1, 2, 3], 7, |_| None), None, "what we do not hold is not judged");
     }

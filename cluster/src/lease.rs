@@ -25,7 +25,7 @@ pub struct Lease {
 
 /// What the clocks said before a renewal was asked for.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Asking {
+struct Asking {
     at_ms: u64,
     skew_ms: i64,
 }
@@ -36,15 +36,25 @@ impl Lease {
         Self { clock, end_ms: AtomicU64::new(0), skew_ms, renewed: watch::Sender::new(0), wanted: Notify::new() }
     }
 
+    /// Asks for a renewal, and sets the lease's end from before it asked.
+    ///
+    /// `ask` answers how long a lease is.
+    pub(crate) async fn renew_by<E>(&self, ask: impl Future<Output = Result<u64, E>>) -> Result<(), E> {
+        let asked = self.asking();
+        let lease_ms = ask.await?;
+        self.renew(asked, lease_ms);
+        Ok(())
+    }
+
     /// The clocks before a renewal is asked for.
-    pub(crate) fn asking(&self) -> Asking {
+    fn asking(&self) -> Asking {
         let at_ms = self.clock.boottime_ms();
         Asking { at_ms, skew_ms: skew_ms(&*self.clock) }
     }
 
     /// Sets the lease's end from the moment of asking; never takes back what was given. A machine that was stopped
     /// between asking and this stays closed: the skew is that of asking, too.
-    pub(crate) fn renew(&self, asked: Asking, lease_ms: u64) {
+    fn renew(&self, asked: Asking, lease_ms: u64) {
         self.skew_ms.store(asked.skew_ms, Ordering::Release);
         let end_ms = asked.at_ms + lease_ms;
         self.end_ms.fetch_max(end_ms, Ordering::AcqRel);
@@ -128,6 +138,19 @@ mod tests {
         assert!(lease.open());
         pass(&clock, 1);
         assert!(!lease.open());
+    }
+
+    #[tokio::test]
+    async fn the_answer_may_take_its_time_and_the_lease_does_not_wait_for_it() {
+        let (clock, lease) = lease();
+        let ask = async {
+            pass(&clock, 400);
+            Ok::<_, ()>(1_000)
+        };
+        lease.renew_by(ask).await.unwrap();
+        assert_eq!(lease.left_ms(), 600);
+        assert!(lease.renew_by(async { Err(()) }).await.is_err());
+        assert_eq!(lease.left_ms(), 600);
     }
 
     #[test]

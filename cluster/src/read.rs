@@ -188,7 +188,7 @@ impl Core {
                 let index = self.read_index(true, deadline).await?;
                 let mut enforced = self.enforced.subscribe();
                 let reached = enforced.wait_for(|next| *next > index);
-                let reached = tokio::time::timeout_at(deadline.into(), reached).await.map_err(|_| Error::TimedOut)?;
+                let reached = tokio::time::timeout_at(deadline, reached).await.map_err(|_| Error::TimedOut)?;
                 reached.map_err(|_| Error::Unavailable)?;
                 // A lease that was shortened meanwhile is in what was just enforced.
                 Ok(lease_ms.min(self.lease_ms()))

@@ -126,7 +126,7 @@ impl End {
         let expected = SpiffeId::new(self.anchors.trust_domain(), Kind::Broker, &broker.node.to_string())?;
         let alpn = vec![tls::CONTROL_ALPN.to_vec(), self.knock.load().knock()];
         let identity = self.identity.load();
-        let config = tls::edge_client(&identity, &self.anchors, alpn, Some(expected), &tls::system_time())?;
+        let config = tls::edge_client(&**identity, &self.anchors, alpn, Some(expected), &tls::system_time())?;
         let server = server_name(broker)?;
         let stream = dial::broker(&self.via, broker).await.map_err(Error::Connect)?;
         let began = Instant::now();
@@ -187,6 +187,27 @@ impl End {
         Ok(())
     }
 
+    /// Whether the certificate has ended, so that no edge takes it.
+    pub(crate) fn has_expired(&self) -> bool {
+        self.identity.load().validity_ms().is_ok_and(|(_, end_ms)| end_ms <= clock::unix_ms())
+    }
+
+    /// Certifies a new key at a web listener: that of the enrolment, or of any broker that is known.
+    pub(crate) async fn renew_expired(self: &Arc<Self>) -> Result<(), String> {
+        let brokers = self.brokers.load();
+        let first = self.store.with(|state| state.web.clone());
+        let others =
+            brokers.brokers.iter().map(|broker| broker.web.clone()).filter(|web| !web.is_empty() && *web != first);
+        let mut why = String::new();
+        for web in std::iter::once(first.clone()).chain(others) {
+            match enrol::renew(&web, &self.anchors, &self.identity.load()).await {
+                Ok(identity) => return self.take_identity(identity, Vec::new()).map_err(|error| error.to_string()),
+                Err(error) => why = error.to_string(),
+            }
+        }
+        Err(why)
+    }
+
     /// The directory of this end's state.
     pub(crate) fn dir(&self) -> &Path {
         self.store.dir()
@@ -217,6 +238,9 @@ pub(crate) fn server_name(broker: &Broker) -> Result<ServerName<'static>, Error>
     ServerName::try_from(broker.host.clone()).map_err(|_| Error::Host(broker.host.clone()))
 }
 
+/// What a `Dial` says of a broker's lease counts for at most so long; links ask every second.
+const DIAL_LEASE_MS_MAX: u64 = 3_000;
+
 /// Until when, on the boot clock, what a broker forwards may be read; and how many sessions care.
 #[derive(Default)]
 pub(crate) struct Fence {
@@ -230,6 +254,14 @@ impl Fence {
     pub(crate) fn extend(&self, until_ms: u64) {
         self.until_ms.fetch_max(until_ms, Ordering::AcqRel);
         self.extended.notify_waiters();
+    }
+
+    /// Opens it by what a `Dial` says is left of the lease, for as long as it takes to ask. How old a `Dial` is nobody
+    /// here knows: while there are sessions, which ask, it opens nothing.
+    pub(crate) fn open_by_dial(&self, now_ms: u64, left_ms: u64) {
+        if self.sessions() == 0 {
+            self.extend(now_ms.saturating_add(left_ms.min(DIAL_LEASE_MS_MAX)));
+        }
     }
 
     /// Whether `now_ms` is before the end.
@@ -301,5 +333,18 @@ mod tests {
         assert_eq!(fence.sessions(), 2);
         drop((one, two));
         assert_eq!(fence.sessions(), 0);
+    }
+
+    #[test]
+    fn a_dial_opens_a_fence_only_until_this_end_has_asked_for_itself() {
+        let fence = Arc::new(Fence::default());
+        fence.open_by_dial(1_000, 60_000);
+        assert!(fence.is_open(1_000) && !fence.is_open(1_000 + DIAL_LEASE_MS_MAX), "however much is said to be left");
+        fence.open_by_dial(1_000 + DIAL_LEASE_MS_MAX, 500);
+        assert!(!fence.is_open(1_500 + DIAL_LEASE_MS_MAX));
+        let one = fence.enter();
+        fence.open_by_dial(10_000, 60_000);
+        assert!(!fence.is_open(10_000), "a session is there, and asks");
+        drop(one);
     }
 }

@@ -2,6 +2,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use selvedge_cluster::How;
+use tokio_util::sync::CancellationToken;
 
 use crate::brokers::{Counting, PATIENCE, Setup, leader_of, until};
 use crate::links::Links;
@@ -84,6 +85,46 @@ async fn a_lease_is_not_renewed_while_a_change_is_not_enforced() {
     release.send(()).unwrap();
     holder.join().unwrap();
     until("the lease is back", || broker.cluster.lease().open()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_waits_for_its_confirmation_and_the_lease_does_not() {
+    let mut setup = Setup::new();
+    let counting = Arc::new(Counting::default());
+    setup.enforcer = counting.clone();
+    let broker = setup.first().await;
+    until("it holds a lease", || broker.cluster.lease().open()).await;
+    let confirmed = CancellationToken::new();
+    *counting.confirmed.lock().unwrap() = Some(confirmed.clone());
+    broker.create_token("closes").await.unwrap();
+    let closes = broker.cluster.state().position();
+    *counting.confirmed.lock().unwrap() = None;
+    broker.create_token("later").await.unwrap();
+    let later = broker.cluster.state().position();
+    let until_ms = broker.cluster.lease().end_ms();
+    until("the lease is renewed", || broker.cluster.lease().end_ms() > until_ms).await;
+    for position in [closes, later] {
+        let soon = broker.cluster.enforced(position, Duration::ZERO).await.unwrap();
+        assert_eq!(soon.open.iter().map(|(node, _)| *node).collect::<Vec<_>>(), [broker.node], "{soon:?}");
+    }
+    confirmed.cancel();
+    let enforced = broker.cluster.enforced(later, PATIENCE).await.unwrap();
+    assert_eq!(enforced.receipts.iter().map(|receipt| receipt.how).collect::<Vec<_>>(), [How::Reported]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_that_is_never_confirmed_counts_when_every_lease_from_before_is_over() {
+    let mut setup = Setup::new();
+    let counting = Arc::new(Counting::default());
+    setup.enforcer = counting.clone();
+    let broker = setup.first().await;
+    until("it holds a lease", || broker.cluster.lease().open()).await;
+    *counting.confirmed.lock().unwrap() = Some(CancellationToken::new());
+    broker.create_token("closes").await.unwrap();
+    let enforced = broker.cluster.enforced(broker.cluster.state().position(), PATIENCE).await.unwrap();
+    assert!(enforced.complete);
+    assert_eq!(enforced.receipts.iter().map(|receipt| receipt.how).collect::<Vec<_>>(), [How::LeaseOver]);
+    assert!(broker.cluster.lease().open());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -29,8 +29,6 @@ const READY_MAX: Duration = Duration::from_secs(2);
 /// From the answer to the dial to the end of the handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 const START_TIMEOUT: Duration = Duration::from_secs(3);
-/// What a `Dial` says of the broker's lease counts for at most so long; links ask every second.
-const DIAL_LEASE_MS_MAX: u64 = 3_000;
 
 /// Serves one `Dial` to its end.
 pub(super) async fn run(role: Arc<Role>, link: Arc<Link>, dial: Dial) {
@@ -52,8 +50,7 @@ async fn serve(role: Arc<Role>, link: Arc<Link>, dial: Dial) {
         return answer(&link, session, SessionCode::ProtocolError, 0).await;
     };
     let fence = role.end.fence(request.broker.node);
-    // How old a `Dial` is nobody here knows: it opens the fence only until this connector has asked for itself.
-    fence.extend(clock::boot_ms().saturating_add(request.lease_left_ms.min(DIAL_LEASE_MS_MAX)));
+    fence.open_by_dial(clock::boot_ms(), request.lease_left_ms);
     let fence = fence.enter();
     if role.links.to(request.broker.node).is_none() {
         role.links.demand(&request.broker);
