@@ -112,6 +112,7 @@ fn the_demo_says_what_is_there_and_ctrl_c_leaves_nothing() {
     assert!(said.contains("a demo of yours runs already") && said.contains("selvedge demo status"), "{said}");
 
     next_commands(&place, &banner);
+    first_steps(&place, &banner);
 
     let ask = |action: &str, name: &str| place.run(&["demo", action, name]);
     assert!(ask("stop", "virginia-1").status.success());
@@ -136,14 +137,7 @@ fn the_demo_says_what_is_there_and_ctrl_c_leaves_nothing() {
 
 /// The banner's three commands do what they are there for.
 fn next_commands(place: &Place, banner: &str) {
-    let address = after(banner, "curl http://");
-    let address: SocketAddr = address.trim_end_matches('/').parse().expect("an address");
-    let begun = Instant::now();
-    // The client behind the port was started a moment ago.
-    while !get(address).is_some_and(|answer| answer.contains("This is crm.internal.")) {
-        assert!(begun.elapsed() < Duration::from_secs(60), "no session through {address}");
-        std::thread::sleep(Duration::from_millis(100));
-    }
+    reaches_crm(banner);
     let line =
         |of: &str| banner.lines().find(|line| line.contains(of)).unwrap_or_else(|| panic!("no `{of}`: {banner}"));
     let explained = place.paste(line(" explain --user "));
@@ -153,6 +147,41 @@ fn next_commands(place: &Place, banner: &str) {
     assert!(status.status.success(), "{}", String::from_utf8_lossy(&status.stderr));
     let status = text(&status);
     assert!(["frankfurt", "virginia", "singapore"].iter().all(|name| status.contains(name)), "{status}");
+    for name in ["frankfurt", "virginia", "singapore"] {
+        assert!(place.run(&["demo", "heal", name]).status.success(), "{name}");
+    }
+}
+
+/// Every command of the tutorial works, in its order.
+fn first_steps(place: &Place, banner: &str) {
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/tutorial/first-steps.md");
+    let page = std::fs::read_to_string(page).expect("the page");
+    let home = format!("SELVEDGE_HOME={}", after(banner, "SELVEDGE_HOME="));
+    let mut taken = 0;
+    // Every second part is inside a fence.
+    for line in page.split("\n```").skip(1).step_by(2).flat_map(str::lines) {
+        if line.starts_with("curl ") {
+            reaches_crm(banner);
+        } else if let Some(rest) = line.strip_prefix("selvedge ") {
+            taken += 1;
+            let done = place.paste(&format!("{home} {} {rest}", env!("CARGO_BIN_EXE_selvedge")));
+            let wanted = i32::from(rest.starts_with("explain --user denied@"));
+            assert_eq!(done.status.code(), Some(wanted), "{line}: {}", String::from_utf8_lossy(&done.stderr));
+            assert!(!done.stdout.is_empty(), "{line}");
+        }
+    }
+    assert!(taken > 7, "only {taken} commands were found in the tutorial");
+}
+
+/// The client behind the banner's port carries a request. It was started, or lost its broker, a moment ago.
+fn reaches_crm(banner: &str) {
+    let address = after(banner, "curl http://").trim_end_matches('/');
+    let address: SocketAddr = address.parse().expect("an address");
+    let begun = Instant::now();
+    while !get(address).is_some_and(|answer| answer.contains("This is crm.internal.")) {
+        assert!(begun.elapsed() < Duration::from_secs(60), "no session through {address}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
 }
 
 #[test]
