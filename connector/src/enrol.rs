@@ -8,34 +8,27 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::Arc;
-use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
-use http_body_util::{BodyExt as _, Full, Limited};
-use hyper_util::rt::TokioIo;
 use prost::Message as _;
 use rustls_pki_types::pem::PemObject as _;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use selvedge_proto::control::{Brokers, SignedGrant};
+use selvedge_proto::https;
 use selvedge_proto::identity::{self, Anchors, Kind, Pin, SpiffeId};
+use selvedge_proto::renewal::{self, Renewal, Renewed};
 use selvedge_proto::tls::{self, Identity};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use tokio::net::TcpStream;
-use tokio::time::timeout;
-use tokio_rustls::TlsConnector;
 use zeroize::Zeroizing;
 
 use crate::state::{self, STATE_VERSION, SignedBrokers, State, identity_path, prepare_dir, write_private};
 use crate::{clock, trust};
 
-/// Longest answer to an enrolment that is read.
-pub const ANSWER_BYTES_MAX: usize = 1024 * 1024;
 /// Longest text of a secret.
 pub const SECRET_CHARS_MAX: usize = 256;
 
-const TIMEOUT: Duration = Duration::from_secs(30);
 const HOLD_MS_DEFAULT: u64 = 30_000;
 const PENDING_FILE: &str = "pending.pem";
 
@@ -45,9 +38,6 @@ pub enum Error {
     /// The text is not an enrolment secret.
     #[error("not an enrolment secret: {0}")]
     Secret(&'static str),
-    /// The address is not `host:port`.
-    #[error("`{0}` is not `host:port`")]
-    Address(String),
     /// Something else is enrolled there.
     #[error("`{dir}` holds the enrolled {kind} `{name}` already")]
     AlreadyEnrolled {
@@ -58,35 +48,9 @@ pub enum Error {
         /// Its name.
         name: String,
     },
-    /// The web listener could not be reached.
-    #[error("cannot reach `{address}`: {source}")]
-    Unreachable {
-        /// Where.
-        address: String,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// It did not answer.
-    #[error("`{0}` did not answer in time; enrolling again is safe")]
-    TimedOut(String),
-    /// The listener's key is not the one that the secret names.
-    #[error("`{address}` is not the cluster that made this secret: {source}")]
-    WrongCluster {
-        /// Where.
-        address: String,
-        /// What TLS said.
-        #[source]
-        source: io::Error,
-    },
-    /// The HTTP exchange broke.
-    #[error("the exchange with `{address}` failed; enrolling again is safe: {reason}")]
-    Exchange {
-        /// Where.
-        address: String,
-        /// What happened.
-        reason: String,
-    },
+    /// The web listener could not be asked.
+    #[error(transparent)]
+    Web(#[from] https::Error),
     /// The cluster refused.
     #[error("enrolment refused ({status}): {detail}")]
     Refused {
@@ -297,6 +261,9 @@ pub struct Answer {
     /// The cluster's members; for brokers.
     #[serde(default)]
     pub peers: Vec<serde_json::Value>,
+    /// What it is for; for brokers.
+    #[serde(default)]
+    pub roles: Vec<String>,
 }
 
 /// Sends one enrolment request and reads the answer; verifies the listener, not the answer.
@@ -318,45 +285,28 @@ pub async fn exchange(
         })
         .to_string(),
     );
-    let (status, bytes) = timeout(TIMEOUT, post(web, secret.pin(), "/enrol/v1", &body))
-        .await
-        .map_err(|_| Error::TimedOut(web.to_owned()))??;
+    ask(web, secret.pin(), "/enrol/v1", &body).await
+}
+
+async fn ask<A: DeserializeOwned>(web: &str, pin: Pin, path: &str, body: &str) -> Result<A, Error> {
+    let (status, bytes) = https::post(web, pin, &tls::system_time(), path, body).await?;
     if status != 200 && status != 201 {
         return Err(refusal(status, &bytes));
     }
     serde_json::from_slice(&bytes).map_err(|error| Error::Answer(error.to_string()))
 }
 
-async fn post(web: &str, pin: Pin, path: &str, body: &str) -> Result<(u16, Vec<u8>), Error> {
-    let host = web.rsplit_once(':').map(|(host, _)| host).filter(|host| !host.is_empty());
-    let host = host.ok_or_else(|| Error::Address(web.to_owned()))?.trim_matches(['[', ']']);
-    let server = ServerName::try_from(host.to_owned()).map_err(|_| Error::Address(web.to_owned()))?;
-    let stream =
-        TcpStream::connect(web).await.map_err(|source| Error::Unreachable { address: web.to_owned(), source })?;
-    let config = tls::pinned_web_client(pin, &tls::system_time())?;
-    let stream = TlsConnector::from(Arc::new(config))
-        .connect(server, stream)
-        .await
-        .map_err(|source| Error::WrongCluster { address: web.to_owned(), source })?;
-
-    let failed = |reason: String| Error::Exchange { address: web.to_owned(), reason };
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|error| failed(error.to_string()))?;
-    let connection = tokio::spawn(connection);
-    let request = http::Request::post(path)
-        .header(http::header::HOST, web)
-        .header(http::header::CONTENT_TYPE, "application/json")
-        .body(Full::new(bytes::Bytes::copy_from_slice(body.as_bytes())))
-        .map_err(|error| failed(error.to_string()))?;
-    let response = sender.send_request(request).await.map_err(|error| failed(error.to_string()))?;
-    let status = response.status().as_u16();
-    let bytes = Limited::new(response.into_body(), ANSWER_BYTES_MAX)
-        .collect()
-        .await
-        .map_err(|error| failed(error.to_string()))?
-        .to_bytes();
-    connection.abort();
-    Ok((status, bytes.to_vec()))
+/// Certifies a new key with the certificate of `old`, which may have ended a while ago, at the web listener at `web`.
+///
+/// **Errors**: when no listener of this cluster is there, it refuses, or its answer does not verify.
+pub async fn renew(web: &str, anchors: &Anchors, old: &Identity) -> Result<Identity, Error> {
+    let (key, csr) = tls::new_key_and_csr()?;
+    let body = serde_json::to_string(&Renewal::new(old, csr)?).map_err(|error| Error::Answer(error.to_string()))?;
+    let renewed: Renewed = ask(web, anchors.pin(), renewal::PATH, &body).await?;
+    let new = Identity::from_pem(&format!("{}{}", renewed.chain_pem, *key))?;
+    let id = old.peer().map_err(trust::Error::from)?.id;
+    trust::verify_own(anchors, new.chain(), &id, clock::unix_ms())?;
+    Ok(new)
 }
 
 fn refusal(status: u16, bytes: &[u8]) -> Error {

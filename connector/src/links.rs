@@ -226,7 +226,7 @@ impl Supervisor {
         let mut renewal = tokio::task::JoinSet::new();
         loop {
             self.step();
-            if renewal.is_empty() && Instant::now() >= self.renew_at && !links.usable().is_empty() {
+            if renewal.is_empty() && Instant::now() >= self.renew_at && renewal_is_possible(&links) {
                 self.renew_at = Instant::now() + RENEW_RETRY;
                 renewal.spawn(renew_if_due(links.clone()));
             }
@@ -388,17 +388,23 @@ impl Supervisor {
     }
 }
 
+/// Through a control stream; without one, at the web listener when the certificate has ended and no broker's edge takes
+/// it any more.
+fn renewal_is_possible(links: &Links) -> bool {
+    !links.usable().is_empty() || links.end.has_expired()
+}
+
 /// Renews at a third of the certificate's life, then begins each stream anew, one after the other.
 async fn renew_if_due(links: Arc<Links>) {
-    let identity = links.end.identity.load_full();
-    let Ok((begin_ms, end_ms)) = identity.validity_ms() else { return };
-    if clock::unix_ms() < renewal_due_ms(begin_ms, end_ms) {
+    if links.end.identity.load().renewal_due_ms().is_ok_and(|due_ms| clock::unix_ms() < due_ms) {
         return;
     }
-    let Some(link) = links.usable().into_iter().next() else { return };
-    if let Err(error) = link.renew(&links.end, RENEW_WITHIN).await {
-        warn!(%error, "the certificate could not be renewed");
-        return;
+    let renewed = match links.usable().into_iter().next() {
+        Some(link) => link.renew(&links.end, RENEW_WITHIN).await.map_err(|error| error.to_string()),
+        None => links.end.renew_expired().await,
+    };
+    if let Err(error) = renewed {
+        return warn!(error, "the certificate could not be renewed");
     }
     for link in links.all() {
         let mut changed = links.changed.subscribe();
@@ -410,10 +416,6 @@ async fn renew_if_due(links: Arc<Links>) {
         // Whether or not it came back, the others must not go on with the old certificate.
         let _ = timeout(RENEW_WITHIN, back).await;
     }
-}
-
-fn renewal_due_ms(begin_ms: u64, end_ms: u64) -> u64 {
-    begin_ms + end_ms.saturating_sub(begin_ms) / 3
 }
 
 fn is_much_better(new: Duration, old: Duration) -> bool {
@@ -431,12 +433,6 @@ mod tests {
         assert!(!is_much_better(ms(60), ms(80)));
         assert!(!is_much_better(ms(1), ms(5)));
         assert!(!is_much_better(ms(80), ms(80)));
-    }
-
-    #[test]
-    fn a_certificate_is_renewed_at_a_third_of_its_life() {
-        assert_eq!(renewal_due_ms(1_000, 4_000), 2_000);
-        assert_eq!(renewal_due_ms(4_000, 1_000), 4_000);
     }
 
     #[test]

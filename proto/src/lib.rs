@@ -6,8 +6,10 @@
 pub mod frame;
 pub mod grant;
 pub mod hello;
+pub mod https;
 pub mod identity;
 pub mod private_file;
+pub mod renewal;
 pub mod tls;
 
 pub use generated::selvedge::control::v1 as control;

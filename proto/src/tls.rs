@@ -25,7 +25,7 @@ use rustls::server::NoServerSessionStorage;
 use rustls::time_provider::TimeProvider;
 use rustls::{ClientConfig, CommonState, ServerConfig};
 
-pub use own::{Identity, csr, new_key_and_csr};
+pub use own::{Identity, Renewable, Shown, csr, new_key_and_csr};
 use verifier::{KindVerifier, PinVerifier};
 
 use crate::identity::{self, Anchors, Kind, Peer, Pin, SpiffeId};
@@ -130,7 +130,7 @@ pub fn install_provider() {
 ///
 /// **Errors**: [`Error::Tls`].
 pub fn edge_server(
-    identity: &Identity,
+    identity: &impl Shown,
     anchors: &Arc<Anchors>,
     alpn: Vec<Vec<u8>>,
     time: &TimeSource,
@@ -142,7 +142,7 @@ pub fn edge_server(
 ///
 /// **Errors**: [`Error::Tls`].
 pub fn edge_client(
-    identity: &Identity,
+    identity: &impl Shown,
     anchors: &Arc<Anchors>,
     alpn: Vec<Vec<u8>>,
     expected: Option<SpiffeId>,
@@ -157,7 +157,7 @@ pub fn edge_client(
 ///
 /// **Errors**: [`Error::Tls`].
 pub fn hop_client(
-    identity: &Identity,
+    identity: &impl Shown,
     anchors: &Arc<Anchors>,
     alpn: Vec<Vec<u8>>,
     expected: Option<SpiffeId>,
@@ -170,7 +170,7 @@ pub fn hop_client(
 /// is compared with `Dial` afterwards, by [`peer_of`].
 ///
 /// **Errors**: [`Error::Tls`].
-pub fn hop_server(identity: &Identity, anchors: &Arc<Anchors>, time: &TimeSource) -> Result<ServerConfig, Error> {
+pub fn hop_server(identity: &impl Shown, anchors: &Arc<Anchors>, time: &TimeSource) -> Result<ServerConfig, Error> {
     let alpn = vec![HOP_ALPN.to_vec()];
     mutual_server(identity, anchors, HOP_CALLERS, NotBefore::judged(), alpn, time)
 }
@@ -179,7 +179,7 @@ pub fn hop_server(identity: &Identity, anchors: &Arc<Anchors>, time: &TimeSource
 ///
 /// **Errors**: [`Error::Tls`].
 pub fn peer_server(
-    identity: &Identity,
+    identity: &impl Shown,
     anchors: &Arc<Anchors>,
     not_before: NotBefore,
     time: &TimeSource,
@@ -191,7 +191,7 @@ pub fn peer_server(
 ///
 /// **Errors**: [`Error::Tls`].
 pub fn peer_client(
-    identity: &Identity,
+    identity: &impl Shown,
     anchors: &Arc<Anchors>,
     expected: Option<SpiffeId>,
     not_before: NotBefore,
@@ -204,11 +204,11 @@ pub fn peer_client(
 /// The web listener: no certificate is asked of callers; HTTP/2 and HTTP/1.1.
 ///
 /// **Errors**: [`Error::Tls`].
-pub fn web_server(identity: &Identity) -> Result<ServerConfig, Error> {
+pub fn web_server(identity: &impl Shown) -> Result<ServerConfig, Error> {
     let mut config = ServerConfig::builder_with_provider(provider().clone())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_no_client_auth()
-        .with_cert_resolver(identity.resolver());
+        .with_cert_resolver(Arc::new(identity.shown()));
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     never_resume(&mut config);
     Ok(config)
@@ -243,7 +243,7 @@ pub fn peer_of(connection: &CommonState) -> Result<Peer, identity::Error> {
 }
 
 fn mutual_server(
-    identity: &Identity,
+    identity: &impl Shown,
     anchors: &Arc<Anchors>,
     allowed: &'static [Kind],
     not_before: NotBefore,
@@ -254,7 +254,7 @@ fn mutual_server(
     let mut config = ServerConfig::builder_with_details(provider().clone(), clock(time))
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(Arc::new(verifier))
-        .with_cert_resolver(identity.resolver());
+        .with_cert_resolver(Arc::new(identity.shown()));
     config.alpn_protocols = alpn;
     never_resume(&mut config);
     Ok(config)
@@ -267,7 +267,7 @@ fn never_resume(config: &mut ServerConfig) {
 }
 
 fn mutual_client(
-    identity: &Identity,
+    identity: &impl Shown,
     anchors: &Arc<Anchors>,
     allowed: &'static [Kind],
     not_before: NotBefore,
@@ -280,7 +280,7 @@ fn mutual_client(
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(verifier))
-        .with_client_cert_resolver(identity.resolver());
+        .with_client_cert_resolver(Arc::new(identity.shown()));
     config.alpn_protocols = alpn;
     config.resumption = Resumption::disabled();
     config.enable_early_data = false;

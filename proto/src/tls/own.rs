@@ -5,10 +5,14 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use rcgen::{CertificateParams, DistinguishedName, KeyPair};
+use rustls::SignatureScheme;
+use rustls::client::ResolvesClientCert;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
 use zeroize::Zeroizing;
 
 use super::{Error, provider};
@@ -24,7 +28,7 @@ const IDENTITY_FILE_BYTES_MAX: u64 = 256 * 1024;
 pub struct Identity {
     chain: Arc<[CertificateDer<'static>]>,
     key: Arc<Zeroizing<PrivateKeyDer<'static>>>,
-    resolver: Arc<SingleCertAndKey>,
+    certified: Arc<CertifiedKey>,
 }
 
 impl Identity {
@@ -36,11 +40,7 @@ impl Identity {
             return Err(Error::Pem("no certificate"));
         }
         let certified = CertifiedKey::from_der(chain.clone(), key.clone_key(), provider())?;
-        Ok(Identity {
-            chain: chain.into(),
-            key: Arc::new(Zeroizing::new(key)),
-            resolver: Arc::new(SingleCertAndKey::from(certified)),
-        })
+        Ok(Identity { chain: chain.into(), key: Arc::new(Zeroizing::new(key)), certified: Arc::new(certified) })
     }
 
     /// Reads the certificates and the key of one PEM text, in any order, or of a chain and a key
@@ -128,8 +128,84 @@ impl Identity {
         identity::leaf_validity_ms(leaf)
     }
 
-    pub(super) fn resolver(&self) -> Arc<SingleCertAndKey> {
-        self.resolver.clone()
+    /// When it is time for a certificate with a new key: after a third of this one's life, in milliseconds of Unix time.
+    ///
+    /// **Errors**: [`identity::Error::Malformed`].
+    pub fn renewal_due_ms(&self) -> Result<u64, identity::Error> {
+        let (begin_ms, end_ms) = self.validity_ms()?;
+        Ok(begin_ms + end_ms.saturating_sub(begin_ms) / 3)
+    }
+
+    /// Signs with the key of the leaf, as its kind of key signs in TLS 1.3.
+    ///
+    /// **Errors**: [`Error::Tls`] for a key that TLS 1.3 does not know.
+    pub(crate) fn sign(&self, message: &[u8]) -> Result<Vec<u8>, Error> {
+        let signer =
+            self.certified.key.choose_scheme(&provider().signature_verification_algorithms.supported_schemes());
+        let signer = signer.ok_or_else(|| rustls::Error::General("the key signs in no known way".to_owned()))?;
+        Ok(signer.sign(message)?)
+    }
+}
+
+/// What a TLS configuration shows of its own: one [`Identity`] for good, or a [`Renewable`].
+pub trait Shown {
+    /// As one that may be renewed.
+    fn shown(&self) -> Renewable;
+}
+
+impl Shown for Identity {
+    fn shown(&self) -> Renewable {
+        Renewable::new(self.clone())
+    }
+}
+
+impl<T: Shown> Shown for Arc<T> {
+    fn shown(&self) -> Renewable {
+        self.as_ref().shown()
+    }
+}
+
+impl Shown for Renewable {
+    fn shown(&self) -> Renewable {
+        self.clone()
+    }
+}
+
+/// The identity of a process, which is replaced while configurations use it: each handshake shows the one of its
+/// moment. Clones are the same.
+#[derive(Clone, Debug)]
+pub struct Renewable(Arc<ArcSwap<Identity>>);
+
+impl Renewable {
+    /// Begins with an identity.
+    pub fn new(identity: Identity) -> Self {
+        Self(Arc::new(ArcSwap::from_pointee(identity)))
+    }
+
+    /// The one that is shown now.
+    pub fn now(&self) -> Arc<Identity> {
+        self.0.load_full()
+    }
+
+    /// Shows another one from the next handshake on. What was begun with the old one goes on.
+    pub fn replace(&self, identity: Identity) {
+        self.0.store(Arc::new(identity));
+    }
+}
+
+impl ResolvesServerCert for Renewable {
+    fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.0.load().certified.clone())
+    }
+}
+
+impl ResolvesClientCert for Renewable {
+    fn resolve(&self, _roots: &[&[u8]], _schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        Some(self.0.load().certified.clone())
+    }
+
+    fn has_certs(&self) -> bool {
+        true
     }
 }
 
