@@ -2,8 +2,8 @@
 
 use crate::command::{ActorKind, InitCluster, PutBroker, Rejected, RejectedCode};
 use crate::event::{Event, JournalCompacted};
-use crate::limits::{CLIENT_IDLE_MS_MAX, CLIENTS_MAX, LEASE_MS_MAX, LEASE_MS_MIN};
-use crate::rows::{AdminRole, Broker, Client, Cluster, Token};
+use crate::limits::{CLIENT_IDLE_MS_MAX, CLIENTS_MAX, JOURNAL_KEEP_MS_MIN, LEASE_MS_MAX, LEASE_MS_MIN};
+use crate::rows::{AdminRole, Broker, BrokerRole, Client, Cluster, Token};
 use crate::state::Table;
 
 use super::{Draft, VERSION, check_name, forbidden, forget, invalid, not_found};
@@ -25,6 +25,7 @@ pub(super) fn init(draft: &mut Draft, init: &InitCluster) -> Result<(), Rejected
         hold_ms: init.hold_ms,
         policy_revision: 1,
         knock_secret: init.knock_secret.to_vec(),
+        journal_keep_ms: 0,
     }));
     let id = draft.next_id();
     draft.emit(Event::TokenPut(Token {
@@ -94,13 +95,15 @@ pub(super) fn put_broker(draft: &mut Draft, put: &PutBroker) -> Result<(), Rejec
     if draft.state.rows::<Broker>().any(|other| !other.removed && other.node != put.node && other.name == put.name) {
         return Err(Rejected::new(RejectedCode::Conflict, format!("there is another broker `{}`", put.name)));
     }
+    // What it does not serve, nobody is told of.
+    let served = |role, address: &String| if roles.contains(&(role as i32)) { address.clone() } else { String::new() };
     let row = Broker {
         node: put.node,
         name: put.name.clone(),
         region: put.region.clone(),
         host: put.host.clone(),
-        edge: put.edge.clone(),
-        web: put.web.clone(),
+        edge: served(BrokerRole::Edge, &put.edge),
+        web: served(BrokerRole::Web, &put.web),
         peer: put.peer.clone(),
         roles,
         generation: old.as_ref().map_or(1, |broker| broker.generation),
@@ -117,9 +120,11 @@ pub(super) fn put_broker(draft: &mut Draft, put: &PutBroker) -> Result<(), Rejec
 pub(super) fn remove_broker(draft: &mut Draft, node: u64) -> Result<(), Rejected> {
     draft.need_role(AdminRole::Owner)?;
     let mut broker = draft.state.row::<Broker>(&node.to_be_bytes()).ok_or_else(|| not_found("broker", node))?;
-    broker.removed = true;
-    broker.generation += 1;
-    draft.emit(Event::BrokerPut(broker));
+    if !broker.removed {
+        broker.removed = true;
+        broker.generation += 1;
+        draft.emit(Event::BrokerPut(broker));
+    }
     Ok(())
 }
 
@@ -142,6 +147,19 @@ pub(super) fn put_settings(draft: &mut Draft, lease_ms: u64, hold_ms: u64) -> Re
     cluster.lease_ms = lease_ms;
     cluster.hold_ms = hold_ms;
     draft.emit(Event::ClusterPut(cluster));
+    Ok(())
+}
+
+pub(super) fn keep_journal(draft: &mut Draft, keep_ms: u64) -> Result<(), Rejected> {
+    draft.need_role(AdminRole::Owner)?;
+    if keep_ms < JOURNAL_KEEP_MS_MIN {
+        return Err(invalid(format!("the event journal is kept for {JOURNAL_KEEP_MS_MIN} ms at least")));
+    }
+    let mut cluster = draft.state.cluster().unwrap_or_default();
+    if cluster.journal_keep_ms() != keep_ms {
+        cluster.journal_keep_ms = keep_ms;
+        draft.emit(Event::ClusterPut(cluster));
+    }
     Ok(())
 }
 

@@ -22,10 +22,14 @@ pub(super) fn create_key(draft: &mut Draft, create: &CreateEnrolKey) -> Result<(
         return Err(invalid("the life of an enrolment secret is between a moment and 400 days"));
     }
     let kind = EnrolKind::try_from(create.kind).unwrap_or(EnrolKind::Unspecified);
+    let mut roles = Vec::new();
     let target = match kind {
         EnrolKind::Unspecified => return Err(invalid("unknown kind of enrolment secret")),
         EnrolKind::Broker => {
             draft.need_role(AdminRole::Owner)?;
+            let named = BrokerRole::parse_list(&create.target);
+            let named = named.ok_or_else(|| invalid("the roles of a broker are `voter`, `issuer`, `web` and `edge`"))?;
+            roles = named.into_iter().map(|role| role as i32).collect();
             None
         }
         EnrolKind::Connector => {
@@ -62,6 +66,7 @@ pub(super) fn create_key(draft: &mut Draft, create: &CreateEnrolKey) -> Result<(
         expires_ms: draft.now_ms() + create.life_ms,
         revoked: false,
         name: create.name.clone(),
+        roles,
     }));
     draft.ids.push(id);
     Ok(())
@@ -105,13 +110,11 @@ pub(super) fn enrol(draft: &mut Draft, enrol: &Enrol) -> Result<(), Rejected> {
     let name = if enrol.name.is_empty() { "unnamed" } else { &enrol.name };
     check_name(name)?;
     key.uses += 1;
-    let (kind, target) = (key.kind(), key.target.unwrap_or_default());
-    let key_id = key.id();
-    draft.emit(Event::EnrolKeyPut(key));
-    let made = make(draft, kind, target, name, enrol)?;
+    draft.emit(Event::EnrolKeyPut(key.clone()));
+    let made = make(draft, &key, name, enrol)?;
     let at_ms = draft.now_ms();
     draft.emit(Event::Enrolled(Enrolment {
-        key: Some(key_id),
+        key: key.id,
         key_sha256: enrol.key_sha256.to_vec(),
         made,
         node: enrol.node,
@@ -121,10 +124,11 @@ pub(super) fn enrol(draft: &mut Draft, enrol: &Enrol) -> Result<(), Rejected> {
     Ok(())
 }
 
-fn make(draft: &mut Draft, kind: EnrolKind, target: Id, name: &str, enrol: &Enrol) -> Result<Option<Id>, Rejected> {
+fn make(draft: &mut Draft, key: &EnrolKey, name: &str, enrol: &Enrol) -> Result<Option<Id>, Rejected> {
     let id = draft.next_id();
+    let target = key.target.unwrap_or_default();
     let enrolled_ms = draft.now_ms();
-    match kind {
+    match key.kind() {
         EnrolKind::Connector => {
             draft.state.by_id::<ConnectorGroup>(target).ok_or_else(|| not_found("connector group", target))?;
             draft.emit(Event::ConnectorPut(Connector {
@@ -170,9 +174,7 @@ fn make(draft: &mut Draft, kind: EnrolKind, target: Id, name: &str, enrol: &Enro
                 name: name.to_owned(),
                 generation: 1,
                 joined_ms: enrolled_ms,
-                roles: [BrokerRole::Voter, BrokerRole::Issuer, BrokerRole::Web, BrokerRole::Edge]
-                    .map(|r| r as i32)
-                    .into(),
+                roles: key.roles.clone(),
                 ..Broker::default()
             }));
             Ok(None)

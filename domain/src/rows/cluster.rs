@@ -2,6 +2,7 @@
 
 use super::{Row, by_id};
 use crate::id::Id;
+use crate::limits::JOURNAL_KEEP_MS_DEFAULT;
 use crate::state::{IndexKey, Table};
 
 /// The cluster itself: one row.
@@ -31,6 +32,16 @@ pub struct Cluster {
     /// Each day's knock key is derived from it; a filter in front of the handshake, not an identity.
     #[prost(bytes = "vec", tag = "8")]
     pub knock_secret: Vec<u8>,
+    /// How long the event journal is kept, milliseconds; the default when 0.
+    #[prost(uint64, tag = "9")]
+    pub journal_keep_ms: u64,
+}
+
+impl Cluster {
+    /// How long the event journal is kept, milliseconds.
+    pub fn journal_keep_ms(&self) -> u64 {
+        if self.journal_keep_ms == 0 { JOURNAL_KEEP_MS_DEFAULT } else { self.journal_keep_ms }
+    }
 }
 
 impl Row for Cluster {
@@ -75,6 +86,34 @@ pub enum BrokerRole {
     Edge = 4,
 }
 
+impl BrokerRole {
+    /// Every role.
+    pub const ALL: [Self; 4] = [Self::Voter, Self::Issuer, Self::Web, Self::Edge];
+
+    /// The role, as people write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Unspecified => "none",
+            Self::Voter => "voter",
+            Self::Issuer => "issuer",
+            Self::Web => "web",
+            Self::Edge => "edge",
+        }
+    }
+
+    /// Reads names with commas between them, in any order; all roles when the text is empty. None when one is no role.
+    pub fn parse_list(text: &str) -> Option<Vec<Self>> {
+        if text.trim().is_empty() {
+            return Some(Self::ALL.into());
+        }
+        let named = |name: &str| Self::ALL.into_iter().find(|role| role.name() == name.trim());
+        let mut roles = text.split(',').map(named).collect::<Option<Vec<_>>>()?;
+        roles.sort_unstable();
+        roles.dedup();
+        Some(roles)
+    }
+}
+
 /// A broker as the others and the ends know it.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Broker {
@@ -114,6 +153,13 @@ pub struct Broker {
     /// When it joined.
     #[prost(uint64, tag = "12")]
     pub joined_ms: u64,
+}
+
+impl Broker {
+    /// Whether it has a role.
+    pub fn has(&self, role: BrokerRole) -> bool {
+        self.roles.contains(&(role as i32))
+    }
 }
 
 impl Row for Broker {

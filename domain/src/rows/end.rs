@@ -1,6 +1,6 @@
 //! What is enrolled, by what secret, with which certificate: devices, workloads, connectors.
 
-use super::{Row, by_id};
+use super::{BrokerRole, Row, by_id};
 use crate::id::Id;
 use crate::state::{IndexKey, Table};
 
@@ -125,6 +125,9 @@ pub struct EnrolKey {
     /// For people.
     #[prost(string, tag = "9")]
     pub name: String,
+    /// For brokers, the roles that it gives.
+    #[prost(enumeration = "BrokerRole", repeated, tag = "10")]
+    pub roles: Vec<i32>,
 }
 by_id!(EnrolKey, Table::EnrolKey, |r| vec![IndexKey::Secret(r.secret_sha256.clone())]);
 
