@@ -28,7 +28,8 @@ pub(super) fn create_key(draft: &mut Draft, create: &CreateEnrolKey) -> Result<(
         EnrolKind::Broker => {
             draft.need_role(AdminRole::Owner)?;
             let named = BrokerRole::parse_list(&create.target);
-            let named = named.ok_or_else(|| invalid("the roles of a broker are `voter`, `issuer`, `web` and `edge`"))?;
+            let named =
+                named.ok_or_else(|| invalid("the roles of a broker are `voter`, `issuer`, `web` and `edge`"))?;
             roles = named.into_iter().map(|role| role as i32).collect();
             None
         }
