@@ -14,7 +14,7 @@ use tracing::level_filters::LevelFilter;
 use tracing_subscriber::filter::{FilterExt as _, Targets, filter_fn};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
-use tracing_subscriber::{EnvFilter, Layer as _};
+use tracing_subscriber::{EnvFilter, Layer as _, Registry, reload};
 
 /// How logs are written.
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
@@ -30,10 +30,8 @@ pub enum Format {
 pub struct Options {
     /// Text or JSON.
     pub format: Format,
-    /// A filter as `SELVEDGE_LOG` has it.
-    pub filter: Option<String>,
-    /// When no filter is given.
-    pub level: LevelFilter,
+    /// Which lines are written, as `--log` has it.
+    pub filter: String,
     /// OTLP endpoint.
     pub otlp: Option<String>,
     /// `service.name`.
@@ -41,15 +39,15 @@ pub struct Options {
 }
 
 /// Ends with the process; sends what is still queued.
-pub struct Telemetry(Option<SdkTracerProvider>);
+pub struct Telemetry {
+    provider: Option<SdkTracerProvider>,
+    filter: reload::Handle<EnvFilter, Registry>,
+}
 
 /// Sets up logs, and traces when an endpoint is given. Must run inside the runtime.
 pub fn start(options: &Options) -> anyhow::Result<Telemetry> {
-    let filter = match &options.filter {
-        Some(filter) => EnvFilter::try_new(filter).with_context(|| format!("`{filter}` is no filter of log lines"))?,
-        // Raft's own lines are for whoever debugs it.
-        None => EnvFilter::new(format!("{},openraft={}", options.level, options.level.min(LevelFilter::WARN))),
-    };
+    let filter = filter(&options.filter)?;
+    let (filter, handle) = reload::Layer::new(filter);
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
     let lines = match options.format {
         Format::Text => lines.with_filter(filter).boxed(),
@@ -67,7 +65,16 @@ pub fn start(options: &Options) -> anyhow::Result<Telemetry> {
         tracing_opentelemetry::layer().with_tracer(provider.tracer("selvedge")).with_filter(own)
     });
     tracing_subscriber::registry().with(lines).with(traces).try_init().context("logging is set up already")?;
-    Ok(Telemetry(provider))
+    Ok(Telemetry { provider, filter: handle })
+}
+
+/// A filter as `--log` has it. Raft's own lines are for whoever debugs it: a level alone shows its warnings.
+fn filter(text: &str) -> anyhow::Result<EnvFilter> {
+    let text = match text.parse::<LevelFilter>() {
+        Ok(level) => format!("{level},openraft={}", level.min(LevelFilter::WARN)),
+        Err(_) => text.to_owned(),
+    };
+    EnvFilter::try_new(&text).with_context(|| format!("`{text}` is no filter of log lines"))
 }
 
 fn provider(endpoint: &str, service: &'static str) -> anyhow::Result<SdkTracerProvider> {
@@ -84,9 +91,18 @@ fn provider(endpoint: &str, service: &'static str) -> anyhow::Result<SdkTracerPr
 }
 
 impl Telemetry {
+    /// Changes which log lines are written, while the process runs.
+    pub fn set_log(&self) -> impl Fn(&str) -> Result<(), String> + Send + Sync + use<> {
+        let handle = self.filter.clone();
+        move |text| {
+            let filter = filter(text).map_err(|error| error.to_string())?;
+            handle.reload(filter).map_err(|error| error.to_string())
+        }
+    }
+
     /// Sends what is queued, for at most some seconds.
     pub async fn stop(self) {
-        if let Some(provider) = self.0 {
+        if let Some(provider) = self.provider {
             let stopped = tokio::task::spawn_blocking(move || provider.shutdown()).await;
             if let Ok(Err(error)) = stopped {
                 tracing::warn!(%error, "some traces were not sent");

@@ -7,9 +7,10 @@ use std::time::{Duration, SystemTime};
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use rustls::ServerConfig;
+use rustls_pki_types::CertificateDer;
 use selvedge_proto::tls::{self, Identity, TimeSource};
 
-use super::metrics::CERTIFICATE_LOADS_TOTAL;
+use super::metrics::{CERTIFICATE_LEFT_SECONDS, CERTIFICATE_LOADS_TOTAL};
 use crate::issuer::{self, Issuer};
 
 /// How often the files are looked at.
@@ -38,15 +39,41 @@ pub enum Error {
     None,
 }
 
+/// Where certificates come from.
 enum Source {
-    Files { files: Files, seen: Mutex<Option<[SystemTime; 2]>> },
-    Issuer { issuer: Arc<Issuer>, hosts: Vec<String>, time: TimeSource, renew_at_ms: Mutex<u64> },
+    Files { files: Files, seen: Option<[SystemTime; 2]> },
+    Issuer { renew_at_ms: u64 },
+}
+
+/// Signs certificates when there are no files.
+struct Signer {
+    issuer: Arc<Issuer>,
+    hosts: Vec<String>,
+    time: TimeSource,
 }
 
 /// The TLS configuration in use, renewed when the files change or the issuer's certificate grows old.
 pub struct Certificates {
     current: ArcSwap<ServerConfig>,
+    source: Mutex<Source>,
+    signer: Option<Signer>,
+    /// What is shown now.
+    shown: Mutex<Shown>,
+}
+
+/// A certificate chain.
+#[derive(Clone, PartialEq, Eq)]
+struct Shown {
+    chain: Vec<CertificateDer<'static>>,
+    /// When it ends; 0 when that cannot be read.
+    end_ms: u64,
+}
+
+/// A certificate that was loaded and is not in use yet.
+pub struct Prepared {
     source: Source,
+    config: ServerConfig,
+    shown: Shown,
 }
 
 impl Certificates {
@@ -59,13 +86,30 @@ impl Certificates {
         hosts: Vec<String>,
         time: TimeSource,
     ) -> Result<Self, Error> {
-        let source = match (files, issuer) {
-            (Some(files), _) => Source::Files { seen: Mutex::new(modified(&files)), files },
-            (None, Some(issuer)) => Source::Issuer { issuer, hosts, time, renew_at_ms: Mutex::new(0) },
-            (None, None) => return Err(Error::None),
-        };
-        let current = ArcSwap::new(Arc::new(source.load()?));
-        Ok(Self { current, source })
+        let signer = issuer.map(|issuer| Signer { issuer, hosts, time });
+        let Prepared { source, config, shown } = load(files, signer.as_ref())?;
+        let current = ArcSwap::from_pointee(config);
+        Ok(Self { current, source: Mutex::new(source), signer, shown: Mutex::new(shown) })
+    }
+
+    /// Loads the operator's files, or without them has the issuer sign, and changes nothing yet.
+    ///
+    /// **Errors**: see [`Error`].
+    pub fn prepare(&self, files: Option<Files>) -> Result<Option<Prepared>, Error> {
+        // What the issuer signed is good until it is due.
+        let stays = files.is_none() && matches!(*self.source.lock(), Source::Issuer { .. });
+        if stays { Ok(None) } else { load(files, self.signer.as_ref()).map(Some) }
+    }
+
+    /// Shows what was prepared from now on; whether that is another certificate.
+    pub fn take(&self, prepared: Option<Prepared>) -> bool {
+        let Some(Prepared { source, config, shown }) = prepared else { return false };
+        *self.source.lock() = source;
+        let is_new = std::mem::replace(&mut *self.shown.lock(), shown.clone()) != shown;
+        if is_new {
+            self.current.store(Arc::new(config));
+        }
+        is_new
     }
 
     /// What the next connection is accepted with.
@@ -75,12 +119,12 @@ impl Certificates {
 
     /// Looks whether there is a newer certificate, and takes it. One that cannot be used leaves the old one in place.
     pub(super) fn refresh(&self) {
-        if !self.source.is_due() {
-            return;
-        }
-        let outcome = match self.source.load() {
-            Ok(config) => {
-                self.current.store(Arc::new(config));
+        let end_ms = self.shown.lock().end_ms;
+        ::metrics::gauge!(CERTIFICATE_LEFT_SECONDS).set((end_ms as f64 - (tls::system_time())() as f64) / 1_000.0);
+        let Some(files) = self.due() else { return };
+        let outcome = match load(files, self.signer.as_ref()) {
+            Ok(prepared) => {
+                self.take(Some(prepared));
                 tracing::info!("the web certificate was renewed");
                 "loaded"
             }
@@ -94,34 +138,40 @@ impl Certificates {
         };
         ::metrics::counter!(CERTIFICATE_LOADS_TOTAL, "outcome" => outcome).increment(1);
     }
-}
 
-impl Source {
-    fn is_due(&self) -> bool {
-        match self {
-            Self::Files { files, seen } => {
-                let now = modified(files);
-                let mut seen = seen.lock();
-                let due = now.is_some() && *seen != now;
-                *seen = now.or(*seen);
-                due
+    /// The files to load, if any, when it is time to load again.
+    fn due(&self) -> Option<Option<Files>> {
+        match &mut *self.source.lock() {
+            Source::Files { files, seen } => {
+                let now = modified(files).filter(|now| *seen != Some(*now))?;
+                *seen = Some(now);
+                Some(Some(files.clone()))
             }
-            Self::Issuer { time, renew_at_ms, .. } => time() >= *renew_at_ms.lock(),
+            Source::Issuer { renew_at_ms } => {
+                let signer = self.signer.as_ref()?;
+                ((signer.time)() >= *renew_at_ms).then_some(None)
+            }
         }
     }
+}
 
-    fn load(&self) -> Result<ServerConfig, Error> {
-        let identity = match self {
-            Self::Files { files, .. } => Identity::load_files(&files.certificate, &files.key)?,
-            Self::Issuer { issuer, hosts, time, renew_at_ms } => {
-                let now_ms = time();
-                let identity = issuer.issue_web(hosts, now_ms)?;
-                *renew_at_ms.lock() = now_ms + issuer::BROKER_LIFETIME_MS / 3;
-                identity
-            }
-        };
-        Ok(tls::web_server(&identity)?)
-    }
+fn load(files: Option<Files>, signer: Option<&Signer>) -> Result<Prepared, Error> {
+    let (source, identity) = match (files, signer) {
+        (Some(files), _) => {
+            let seen = modified(&files);
+            let identity = Identity::load_files(&files.certificate, &files.key)?;
+            (Source::Files { files, seen }, identity)
+        }
+        (None, Some(Signer { issuer, hosts, time })) => {
+            let now_ms = time();
+            let identity = issuer.issue_web(hosts, now_ms)?;
+            (Source::Issuer { renew_at_ms: now_ms + issuer::BROKER_LIFETIME_MS / 3 }, identity)
+        }
+        (None, None) => return Err(Error::None),
+    };
+    let end_ms = identity.validity_ms().map_or(0, |(_, end_ms)| end_ms);
+    let shown = Shown { chain: identity.chain().to_vec(), end_ms };
+    Ok(Prepared { source, config: tls::web_server(&identity)?, shown })
 }
 
 fn modified(files: &Files) -> Option<[SystemTime; 2]> {

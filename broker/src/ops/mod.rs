@@ -1,16 +1,22 @@
-//! The `ops` listener: whether the broker lives, whether it serves, and its metrics. HTTP, on loopback.
+//! The `ops` listener: whether the broker lives, whether it serves, its metrics, and a reload. HTTP, on loopback.
 
+pub mod doctor;
+mod reload;
+
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
-use axum::extract::State;
+use axum::extract::{ConnectInfo, State};
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
-use axum::routing::get;
+use axum::routing::{get, post};
+use axum::{Json, Router};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use selvedge_cluster::Cluster;
 use tokio_util::sync::CancellationToken;
+
+pub use reload::{Change, Configured, Reload, Reloaded, SetLog};
 
 /// What was measured is put in order this often, whether anybody asks for it or not: until then it is kept whole.
 const UPKEEP_EVERY: Duration = Duration::from_secs(5);
@@ -29,12 +35,13 @@ const SECONDS: [f64; 16] =
 pub struct Ops {
     cluster: Cluster,
     metrics: PrometheusHandle,
+    reload: Arc<Reload>,
 }
 
 impl Ops {
     /// Answers for this broker.
-    pub fn new(cluster: Cluster, metrics: PrometheusHandle) -> Self {
-        Self { cluster, metrics }
+    pub fn new(cluster: Cluster, metrics: PrometheusHandle, reload: Arc<Reload>) -> Self {
+        Self { cluster, metrics, reload }
     }
 
     /// Serves until `stop`.
@@ -42,6 +49,8 @@ impl Ops {
         let metrics_kept = self.metrics.clone();
         let upkeep = async move {
             loop {
+                // A panic of it was reported, and measures nothing.
+                let _ = tokio::task::spawn_blocking(crate::metrics::measure).await;
                 tokio::time::sleep(UPKEEP_EVERY).await;
                 metrics_kept.run_upkeep();
             }
@@ -51,7 +60,10 @@ impl Ops {
             .route("/livez", get(|| async { "ok\n" }))
             .route("/readyz", get(ready))
             .route("/metrics", get(metrics))
-            .with_state(Arc::new(self));
+            .route("/status", get(status))
+            .route("/reload", post(reload_now))
+            .with_state(Arc::new(self))
+            .into_make_service_with_connect_info::<SocketAddr>();
         axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await
     }
 }
@@ -62,7 +74,7 @@ impl Ops {
 pub fn install_metrics() -> Result<PrometheusHandle, metrics_exporter_prometheus::BuildError> {
     let times = Matcher::Suffix("_seconds".to_owned());
     let handle = PrometheusBuilder::new().set_buckets_for_metric(times, &SECONDS)?.install_recorder()?;
-    selvedge_storage::metrics::describe();
+    crate::metrics::describe();
     Ok(handle)
 }
 
@@ -79,4 +91,23 @@ async fn ready(State(ops): State<Arc<Ops>>) -> (StatusCode, &'static str) {
 
 async fn metrics(State(ops): State<Arc<Ops>>) -> impl IntoResponse {
     ([(header::CONTENT_TYPE, TEXT_FORMAT)], ops.metrics.render())
+}
+
+/// How the cluster looks from here: what `selvedge cluster doctor` asks a broker that runs.
+async fn status(State(ops): State<Arc<Ops>>) -> Json<selvedge_cluster::Status> {
+    Json(ops.cluster.status())
+}
+
+/// Reads the configuration again; only for this machine, wherever the listener is bound.
+async fn reload_now(
+    State(ops): State<Arc<Ops>>,
+    ConnectInfo(from): ConnectInfo<SocketAddr>,
+) -> Result<Json<Reloaded>, (StatusCode, String)> {
+    if !from.ip().to_canonical().is_loopback() {
+        return Err((StatusCode::FORBIDDEN, "a reload is asked for on the machine itself\n".to_owned()));
+    }
+    // Files are read.
+    let done = tokio::task::spawn_blocking(move || ops.reload.run()).await;
+    let done = done.map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")))?;
+    done.map(Json).map_err(|error| (StatusCode::UNPROCESSABLE_ENTITY, format!("{error}\n")))
 }
