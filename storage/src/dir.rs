@@ -15,12 +15,12 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::Error;
 
-const LOCK_FILE: &str = "LOCK";
-const NODE_FILE: &str = "node.id";
-const BOOT_FILE: &str = "boot";
-const LOG_DIR: &str = "log";
-const STATE_DIR: &str = "state";
-const AUDIT_DIR: &str = "audit";
+pub(crate) const LOCK_FILE: &str = "LOCK";
+pub(crate) const NODE_FILE: &str = "node.id";
+pub(crate) const BOOT_FILE: &str = "boot";
+pub(crate) const LOG_DIR: &str = "log";
+pub(crate) const STATE_DIR: &str = "state";
+pub(crate) const AUDIT_DIR: &str = "audit";
 const FIRST_LINE: &str = "selvedge data directory 1";
 const NO_CLUSTER: &str = "none";
 
@@ -177,7 +177,7 @@ fn identity(node_id: u64, cluster_id: Option<u128>) -> String {
     format!("{text}crc32c {crc:08x}\n")
 }
 
-fn parse_identity(text: &str) -> Result<(u64, Option<u128>), Error> {
+pub(crate) fn parse_identity(text: &str) -> Result<(u64, Option<u128>), Error> {
     let damaged = |why: &str| Error::MetaDamaged { what: NODE_FILE, why: why.to_owned() };
     let lines: Vec<&str> = text.lines().collect();
     let &[FIRST_LINE, node, cluster, _] = lines.as_slice() else {
@@ -198,7 +198,7 @@ fn parse_identity(text: &str) -> Result<(u64, Option<u128>), Error> {
     Ok((node, cluster))
 }
 
-fn read_small(path: &Path) -> Result<Option<String>, Error> {
+pub(crate) fn read_small(path: &Path) -> Result<Option<String>, Error> {
     match fs::read_to_string(path) {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
