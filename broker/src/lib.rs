@@ -9,6 +9,7 @@ pub mod config;
 pub mod decision;
 pub mod edge;
 pub mod issuer;
+pub mod metrics;
 pub mod node;
 pub mod ops;
 pub mod relay;

@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 use selvedge_proto::identity::Pin;
 
 use crate::command::{
-    apply, audit, broker, client, cluster, connector, context, events, explain, identity, keys, revoke,
+    apply, audit, broker, client, cluster, config, connector, context, events, explain, identity, keys, revoke,
 };
 use crate::demo;
 use crate::telemetry::Format;
@@ -67,6 +67,9 @@ pub enum Command {
     /// Make a cluster, join one, see and change its brokers
     #[command(subcommand)]
     Cluster(cluster::Command),
+    /// Check and explain a broker's configuration file, or put it into force
+    #[command(subcommand)]
+    Config(config::Command),
     /// Enrol and run an app connector; list connectors
     #[command(subcommand)]
     Connector(connector::Command),

@@ -16,6 +16,7 @@ const PIPE_GROWTH_REFUSED: &str = "selvedge_relay_pipe_growth_refused_total";
 pub(super) fn describe() {
     describe_gauge!(FLOWS, "flows that are being relayed");
     describe_gauge!(FLOWS_HELD, "directions of flows that wait for the freshness lease");
+    gauge!(FLOWS_HELD).increment(0.0);
     describe_counter!(CLOSED, "flows that ended, by why");
     describe_counter!(BYTES, "bytes forwarded, by direction");
     describe_gauge!(PIPES, "kernel pipes that exist");

@@ -52,7 +52,7 @@ pub struct Run {
 }
 
 pub async fn run(args: Run, global: &Global) -> anyhow::Result<ExitCode> {
-    let telemetry = super::logs(global, LevelFilter::INFO, "selvedge-connector", None)?;
+    let telemetry = super::logs(global, LevelFilter::INFO, "selvedge-connector")?;
     let shutdown = shutdown::on_signal()?;
     let result = connector::run(Config::load(&args.config)?, shutdown).await;
     telemetry.stop().await;

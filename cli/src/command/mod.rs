@@ -5,8 +5,10 @@ pub mod audit;
 pub mod broker;
 pub mod client;
 pub mod cluster;
+pub mod config;
 pub mod connector;
 pub mod context;
+pub mod doctor;
 pub mod events;
 pub mod explain;
 pub mod identity;
@@ -42,9 +44,10 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
         }
         _ => {}
     }
-    let telemetry = logs(&global, LevelFilter::WARN, "selvedge", None)?;
+    let telemetry = logs(&global, LevelFilter::WARN, "selvedge")?;
     let code = match args.command {
         Command::Cluster(command) => cluster::run(command, &global).await,
+        Command::Config(command) => config::run(command, &global).await,
         Command::Connector(command) => connector::other(command, &global).await,
         Command::Workload(command) => identity::workload(command, &global).await,
         Command::Context(command) => context::run(command),
@@ -72,13 +75,12 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
     code
 }
 
-/// Sets up logs and traces; `otlp` is what a configuration file says, flags and environment go before it.
-fn logs(global: &Global, level: LevelFilter, service: &'static str, otlp: Option<String>) -> anyhow::Result<Telemetry> {
+/// Sets up logs and traces of a process that has no configuration of its own for them.
+fn logs(global: &Global, level: LevelFilter, service: &'static str) -> anyhow::Result<Telemetry> {
     telemetry::start(&telemetry::Options {
         format: global.log_format,
-        filter: global.log.clone(),
-        level,
-        otlp: global.otlp_endpoint.clone().or(otlp),
+        filter: global.log.clone().unwrap_or_else(|| level.to_string()),
+        otlp: global.otlp_endpoint.clone(),
         service,
     })
 }

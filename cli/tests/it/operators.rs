@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{SocketAddr, TcpListener};
-use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileExt as _, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -285,14 +285,12 @@ fn certificates(
 
 #[test]
 fn a_running_broker_exports_every_metric_that_an_alert_asks_for() {
-    let shop = Shop::open(1);
-    let ann = shop.world.client("ann", "ann@test.example");
-    wait("a session", || shop.nc(&ann, "shop.internal", shop.app.port()).0 == "HELLO\n");
+    let world = World::start(Path::new(env!("CARGO_BIN_EXE_selvedge")), 2);
     let wanted = metrics_of_alerts();
     assert!(wanted.len() > 15, "{wanted:?}");
     let mut missing = BTreeSet::new();
     wait("every metric", || {
-        let answer = http_get(shop.world.brokers[0].ops, "/metrics").expect("the ops listener answers");
+        let answer = http_get(world.brokers[0].ops, "/metrics").expect("the ops listener answers");
         let exported: BTreeSet<&str> =
             answer.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect();
         missing = wanted.iter().filter(|name| !exported.contains(name.as_str())).cloned().collect();

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use selvedge_cluster::at_rest::{AtRest, Peers};
-use selvedge_domain::rows;
+use selvedge_domain::rows::{self, BrokerRole};
 use selvedge_proto::tls::{self, NotBefore};
 
 use super::Report;
@@ -30,13 +30,16 @@ const ANSWER_BYTES_MAX: u64 = 1 << 20;
 /// Each listener's port is this broker's while it runs, and free while it does not.
 pub(super) async fn listeners(config: &Valid<Config>, node: &Node, report: &mut Report) {
     let binds = [
-        ("edge listener", config.edge.bind),
-        ("web listener", config.web.bind),
-        ("peer listener", config.peer.bind),
-        ("ops listener", config.ops.bind),
+        ("edge listener", config.edge.bind, Some(BrokerRole::Edge)),
+        ("web listener", config.web.bind, Some(BrokerRole::Web)),
+        ("peer listener", config.peer.bind, None),
+        ("ops listener", config.ops.bind, None),
     ];
-    for (check, bind) in binds {
+    for (check, bind, role) in binds {
         match node.running {
+            _ if role.is_some_and(|role| !node.home.roles.contains(&role)) => {
+                report.note(LISTENER, check, "off: this broker does not have the role");
+            }
             Some(pid) => answered(check, bind, pid, report),
             None => free(check, bind, report),
         }

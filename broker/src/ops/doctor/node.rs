@@ -3,6 +3,7 @@
 use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Arc;
 
+use selvedge_domain::rows::BrokerRole;
 use selvedge_proto::identity::{self, Kind, SpiffeId};
 use selvedge_proto::tls::{self, Identity};
 use selvedge_storage::inspect;
@@ -76,7 +77,9 @@ pub(super) fn examine(config: &Valid<Config>, report: &mut Report) -> Option<Nod
     let now_ms = (tls::system_time())();
     let identity = certificate(config, &home, found.node_id, now_ms, report).map(Arc::new);
     let keys = issuer(config, report);
-    web(config, keys, now_ms, report);
+    if home.roles.contains(&BrokerRole::Web) {
+        web(config, keys, now_ms, report);
+    }
     let is_issuer = keys == Keys::Usable;
     Some(Node { id: found.node_id, home, identity, running, is_issuer })
 }
@@ -86,6 +89,11 @@ fn certificate(config: &Valid<Config>, home: &Home, node: u64, now_ms: u64, repo
     let again = "join this broker again with a new join token";
     let identity = match Identity::load(&path) {
         Ok(identity) => identity,
+        Err(error @ tls::Error::Exposed { .. }) => {
+            let next = format!("chmod 600 {}; if others could log in here, replace this broker", path.display());
+            report.error(CERTIFICATE, "certificate", chain(&error), next);
+            return None;
+        }
         Err(error) => {
             report.error(CERTIFICATE, "certificate", chain(&error), again);
             return None;
