@@ -2,11 +2,11 @@
 
 use crate::command::{ActorKind, InitCluster, PutBroker, Rejected, RejectedCode};
 use crate::event::{Event, JournalCompacted};
-use crate::limits::{CLIENT_IDLE_MS_MAX, CLIENTS_MAX, JOURNAL_KEEP_MS_MIN, LEASE_MS_MAX, LEASE_MS_MIN};
+use crate::limits::{CLIENT_IDLE_MS_MAX, CLIENTS_MAX, DRAIN_MS_MAX, JOURNAL_KEEP_MS_MIN, LEASE_MS_MAX, LEASE_MS_MIN};
 use crate::rows::{AdminRole, Broker, BrokerRole, Client, Cluster, Token};
 use crate::state::Table;
 
-use super::{Draft, VERSION, check_name, forbidden, forget, invalid, not_found};
+use super::{Draft, VERSION, check_name, forbidden, forget_all, invalid, not_found};
 
 pub(super) fn init(draft: &mut Draft, init: &InitCluster) -> Result<(), Rejected> {
     if draft.state.cluster().is_some() {
@@ -66,7 +66,7 @@ pub(super) fn register_client(draft: &mut Draft, boot: u64) -> Result<(), Reject
         return Err(Rejected::new(RejectedCode::Limit, "too many proposing clients"));
     }
     for client in idle.into_iter().filter(|client| client.used_ms + CLIENT_IDLE_MS_MAX < now_ms) {
-        forget(draft, client.id(), 0, u64::MAX);
+        forget_all(draft, client.id());
         draft.delete_quiet(Table::Client, client.id().key().to_vec());
     }
     let id = draft.next_id();
@@ -109,6 +109,7 @@ pub(super) fn put_broker(draft: &mut Draft, put: &PutBroker) -> Result<(), Rejec
         generation: old.as_ref().map_or(1, |broker| broker.generation),
         removed: false,
         draining: old.as_ref().is_some_and(|broker| broker.draining),
+        drain_until_ms: old.as_ref().map_or(0, |broker| broker.drain_until_ms),
         joined_ms: old.as_ref().map_or(draft.now_ms(), |broker| broker.joined_ms),
     };
     if old.as_ref() != Some(&row) {
@@ -128,13 +129,19 @@ pub(super) fn remove_broker(draft: &mut Draft, node: u64) -> Result<(), Rejected
     Ok(())
 }
 
-pub(super) fn drain_broker(draft: &mut Draft, node: u64, draining: bool) -> Result<(), Rejected> {
+/// Begins a drain that has so many milliseconds, or ends it.
+pub(super) fn drain_broker(draft: &mut Draft, node: u64, within_ms: Option<u64>) -> Result<(), Rejected> {
     if !(draft.actor.kind == ActorKind::Broker && draft.proposer == node) {
         draft.need_role(AdminRole::Admin)?;
     }
     let mut broker = draft.state.row::<Broker>(&node.to_be_bytes()).ok_or_else(|| not_found("broker", node))?;
-    if broker.draining != draining {
-        broker.draining = draining;
+    if within_ms.is_some_and(|within_ms| within_ms > DRAIN_MS_MAX) {
+        return Err(invalid(format!("a broker drains for {DRAIN_MS_MAX} ms at most")));
+    }
+    let draining = within_ms.is_some();
+    let drain_until_ms = within_ms.map_or(0, |within_ms| draft.now_ms() + within_ms);
+    if (broker.draining, broker.drain_until_ms) != (draining, drain_until_ms) {
+        (broker.draining, broker.drain_until_ms) = (draining, drain_until_ms);
         draft.emit(Event::BrokerPut(broker));
     }
     Ok(())

@@ -18,16 +18,15 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use prost::Message as _;
-use sha2::{Digest, Sha256};
 
 use crate::command::{Actor, ActorKind, Body, Command, Rejected, RejectedCode};
 use crate::event::{Envelope, Event};
 use crate::id::Id;
-use crate::limits::MEMBERS_ROW_MAX;
+use crate::limits::{JOURNAL_MARK_EVERY, MEMBERS_ROW_MAX};
 use crate::rows::{self, AdminRole, Members, Row};
 use crate::state::{Changes, IndexKey, JournalRow, Meta, State, Table};
 
-pub(crate) use remember::{before, forget, remember};
+pub(crate) use remember::{before, forget_all, remember};
 
 /// The version of the rules that this build knows.
 pub const VERSION: u32 = 1;
@@ -41,8 +40,8 @@ pub(crate) struct Draft {
     proposer: u64,
     actor: Actor,
     changes: Changes,
-    /// What rows were, last change last; and the counters.
-    before: Vec<(Table, Vec<u8>, Option<Arc<[u8]>>)>,
+    /// What the changed rows were, in the same order; and the counters.
+    before: Vec<Option<Arc<[u8]>>>,
     meta_before: Meta,
 }
 
@@ -64,11 +63,13 @@ impl Draft {
 
     /// Makes everything what it was before the command; time has moved all the same.
     pub fn undo(&mut self) {
-        for (table, key, old) in std::mem::take(&mut self.before).into_iter().rev() {
-            self.state.restore(table, &key, old);
+        let changed = std::mem::take(&mut self.changes).rows;
+        for (change, old) in changed.iter().zip(std::mem::take(&mut self.before)).rev() {
+            if let Some(table) = Table::from_number(change.table) {
+                self.state.restore(table, &change.key, old);
+            }
         }
         self.state.meta = self.meta_before.clone();
-        self.changes = Changes::default();
         self.ids.clear();
     }
 
@@ -129,11 +130,13 @@ impl Draft {
         }
         for envelope in &self.changes.events {
             let bytes = envelope.encode_to_vec();
-            let mut hasher = Sha256::new();
-            hasher.update(&self.state.meta.journal_hash);
-            hasher.update(&bytes);
-            self.state.meta.journal_hash = hasher.finalize().to_vec();
-            self.changes.journal.push(JournalRow { seq: envelope.id.unwrap_or_default().seq, bytes: bytes.into() });
+            let seq = envelope.id.unwrap_or_default().seq;
+            let hash = Envelope::chain(&self.state.meta.journal_hash, &bytes);
+            self.state.meta.journal_hash = hash.to_vec();
+            if seq.is_multiple_of(JOURNAL_MARK_EVERY) {
+                self.changes.journal_marks.push((seq, hash));
+            }
+            self.changes.journal.push(JournalRow { seq, bytes: bytes.into() });
         }
         (self.state, self.changes)
     }
@@ -247,13 +250,13 @@ impl Draft {
 
     fn put<R: Row>(&mut self, row: &R) {
         let (change, old) = self.state.put(row);
-        self.before.push((R::TABLE, change.key.clone(), old));
+        self.before.push(old);
         self.changes.rows.push(change);
     }
 
     fn delete(&mut self, table: Table, key: Vec<u8>) {
         let (change, old) = self.state.delete(table, key);
-        self.before.push((table, change.key.clone(), old));
+        self.before.push(old);
         self.changes.rows.push(change);
     }
 
@@ -305,7 +308,7 @@ pub(crate) fn decide(draft: &mut Draft, command: &Command) -> Result<(), Rejecte
     if let Body::InitCluster(init) = &command.body {
         return cluster::init(draft, init);
     }
-    if draft.state.cluster().is_none() {
+    if draft.state.count(Table::Cluster) == 0 {
         return Err(Rejected::new(RejectedCode::NotInitialised, "the cluster is not initialised"));
     }
     if command.class != command.body.class() {
@@ -324,9 +327,12 @@ pub(crate) fn decide(draft: &mut Draft, command: &Command) -> Result<(), Rejecte
         Body::RegisterClient { boot } => cluster::register_client(draft, *boot),
         Body::PutBroker(put) => cluster::put_broker(draft, put),
         Body::RemoveBroker { node } => cluster::remove_broker(draft, *node),
-        Body::DrainBroker { node, draining } => cluster::drain_broker(draft, *node, *draining),
+        Body::DrainBroker { node, draining, within_ms } => {
+            cluster::drain_broker(draft, *node, draining.then_some(*within_ms))
+        }
         Body::PutSettings { lease_ms, hold_ms } => cluster::put_settings(draft, *lease_ms, *hold_ms),
         Body::CompactJournal { upto_seq } => cluster::compact_journal(draft, *upto_seq),
+        Body::KeepJournal { keep_ms } => cluster::keep_journal(draft, *keep_ms),
         Body::Apply(change) => apply::apply(draft, change),
         Body::CreateToken { name, role, secret_sha256 } => access::create_token(draft, name, *role, secret_sha256),
         Body::RevokeToken { id } => access::revoke_token(draft, *id),

@@ -3,7 +3,7 @@
 use crate::command::{Command, Outcome, Rejected, RejectedCode};
 use crate::id::Id;
 use crate::limits::DEDUPE_WINDOW;
-use crate::rows::{Client, ClientOutcome, Idempotency, KeptOutcome};
+use crate::rows::{Client, ClientOutcomes, Idempotency, KeptOutcome};
 use crate::state::{State, Table};
 
 use super::Draft;
@@ -25,8 +25,8 @@ pub(crate) fn before(state: &State, command: &Command) -> Option<Outcome> {
     if dedupe.seq < client.acked_below {
         return Some(refused(RejectedCode::DedupeWindow, "the outcome of this request is not kept any more"));
     }
-    let kept = state.row::<ClientOutcome>(&ClientOutcome::key_of(dedupe.client, dedupe.seq))?;
-    kept.outcome.map(from_kept)
+    let block = state.row::<ClientOutcomes>(&ClientOutcomes::key_of(dedupe.client, dedupe.seq))?;
+    block.outcomes.into_iter().find(|kept| kept.seq == dedupe.seq).map(from_kept)
 }
 
 /// Keeps the outcome of a command that carried a key, and answers a repeated one with the first outcome.
@@ -37,8 +37,16 @@ pub(crate) fn remember(draft: &mut Draft, command: &Command, outcome: Outcome) -
     let below = client.acked_below;
     client.acked_below =
         below.max(dedupe.acked_below.min(dedupe.seq)).max(dedupe.seq.saturating_add(1).saturating_sub(DEDUPE_WINDOW));
-    forget(draft, dedupe.client, below, client.acked_below);
-    draft.put_quiet(&ClientOutcome { client: Some(dedupe.client), outcome: Some(kept.clone()) });
+    let upto = ClientOutcomes::key_of(dedupe.client, client.acked_below);
+    forget(draft, &ClientOutcomes::key_of(dedupe.client, below), &upto);
+    let key = ClientOutcomes::key_of(dedupe.client, dedupe.seq);
+    let mut block = draft.state.row::<ClientOutcomes>(&key).unwrap_or(ClientOutcomes {
+        client: Some(dedupe.client),
+        block: dedupe.seq / ClientOutcomes::SEQS,
+        outcomes: Vec::new(),
+    });
+    block.outcomes.push(kept.clone());
+    draft.put_quiet(&block);
     client.used_ms = draft.now_ms();
     draft.put_quiet(&client);
     if let Some(key) = dedupe.idempotency {
@@ -48,11 +56,17 @@ pub(crate) fn remember(draft: &mut Draft, command: &Command, outcome: Outcome) -
     outcome
 }
 
-/// Forgets the outcomes of a client's requests from `from` on, and before `to`.
-pub(crate) fn forget(draft: &mut Draft, client: Id, from: u64, to: u64) {
-    let (from, to) = (ClientOutcome::key_of(client, from), ClientOutcome::key_of(client, to));
-    for key in draft.state.keys_between(Table::ClientOutcome, &from, &to) {
-        draft.delete_quiet(Table::ClientOutcome, key);
+/// Forgets all outcomes of a client.
+pub(crate) fn forget_all(draft: &mut Draft, client: Id) {
+    // Above every key that begins with the client's id.
+    let end = [&client.key()[..], &[0xff; 9]].concat();
+    forget(draft, &client.key(), &end);
+}
+
+/// Forgets the rows of outcomes whose keys lie between.
+fn forget(draft: &mut Draft, from: &[u8], to: &[u8]) {
+    for key in draft.state.keys_between(Table::ClientOutcomes, from, to) {
+        draft.delete_quiet(Table::ClientOutcomes, key);
     }
 }
 

@@ -362,12 +362,15 @@ fn a_client_that_was_idle_for_a_day_is_forgotten_with_its_outcomes() {
     let mut world = World::new();
     let client = world.done(Actor::BROKER, Body::RegisterClient { boot: 1 })[0];
     let directory = world.directory();
-    for seq in 1..=3 {
-        let dedupe = Some(Dedupe { client, seq, acked_below: seq - 1, idempotency: None });
+    for seq in 1..=40 {
+        let dedupe = Some(Dedupe { client, seq, acked_below: seq, idempotency: None });
         world.propose_with(directory.clone(), Body::CreateUser(user(&format!("u{seq}"))), dedupe);
     }
-    let kept = |world: &World| world.state.rows::<rows::ClientOutcome>().count();
-    assert_eq!(kept(&world), 2, "what was acknowledged is not kept");
+    let kept = |world: &World| world.state.rows::<rows::ClientOutcomes>().map(|row| row.outcomes.len()).sum::<usize>();
+    assert!(kept(&world) <= 16, "what was acknowledged is not kept for long");
+    let late = Some(Dedupe { client, seq: 39, acked_below: 1, idempotency: None });
+    let late = world.propose_with(directory, Body::CreateUser(user("late")), late);
+    assert!(matches!(late, Outcome::Refused(r) if r.code == RejectedCode::DedupeWindow));
     world.now_ms += crate::limits::CLIENT_IDLE_MS_MAX + 1;
     world.done(Actor::BROKER, Body::RegisterClient { boot: 2 });
     assert_eq!((kept(&world), world.state.rows::<rows::Client>().count()), (0, 1));

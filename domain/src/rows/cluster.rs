@@ -153,6 +153,9 @@ pub struct Broker {
     /// When it joined.
     #[prost(uint64, tag = "12")]
     pub joined_ms: u64,
+    /// While it drains: what is left of its sessions is cut then. Cluster time, milliseconds.
+    #[prost(uint64, tag = "13")]
+    pub drain_until_ms: u64,
 }
 
 impl Broker {
@@ -191,29 +194,35 @@ pub struct Client {
 }
 by_id!(Client, Table::Client, |_r| vec![]);
 
-/// The outcome that a retry of one request may ask for.
+/// Outcomes that retries of a client's requests may ask for: of [`ClientOutcomes::SEQS`] requests in a row.
 #[derive(Clone, PartialEq, prost::Message)]
-pub struct ClientOutcome {
+pub struct ClientOutcomes {
     /// The proposing client.
     #[prost(message, optional, tag = "1")]
     pub client: Option<Id>,
-    /// Outcome.
-    #[prost(message, optional, tag = "2")]
-    pub outcome: Option<KeptOutcome>,
+    /// Sequence number / [`ClientOutcomes::SEQS`].
+    #[prost(uint64, tag = "2")]
+    pub block: u64,
+    /// Outcomes, in the order in which they were decided.
+    #[prost(message, repeated, tag = "3")]
+    pub outcomes: Vec<KeptOutcome>,
 }
 
-impl ClientOutcome {
-    /// The key of a row.
+impl ClientOutcomes {
+    /// Requests whose outcomes stand in one row.
+    pub const SEQS: u64 = 16;
+
+    /// The key of the row of a request.
     pub fn key_of(client: Id, seq: u64) -> Vec<u8> {
-        [&client.key()[..], &seq.to_be_bytes()].concat()
+        [&client.key()[..], &(seq / Self::SEQS).to_be_bytes()].concat()
     }
 }
 
-impl Row for ClientOutcome {
-    const TABLE: Table = Table::ClientOutcome;
+impl Row for ClientOutcomes {
+    const TABLE: Table = Table::ClientOutcomes;
 
     fn key(&self) -> Vec<u8> {
-        Self::key_of(self.client.unwrap_or_default(), self.outcome.as_ref().map_or(0, |outcome| outcome.seq))
+        [&self.client.unwrap_or_default().key()[..], &self.block.to_be_bytes()].concat()
     }
 }
 

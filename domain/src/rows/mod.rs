@@ -11,7 +11,7 @@ mod policy;
 mod segment;
 
 pub use admin::{AdminRole, Cursor, Receiver, Token};
-pub use cluster::{Broker, BrokerRole, Client, ClientOutcome, Cluster, Idempotency, KeptOutcome, Region};
+pub use cluster::{Broker, BrokerRole, Client, ClientOutcomes, Cluster, Idempotency, KeptOutcome, Region};
 pub use end::{Availability, Certificate, Connector, Device, EnrolKey, EnrolKind, Enrolment, Workload};
 pub use person::{Directory, Group, Members, User};
 pub use policy::{Policy, PolicyMode, Reference};

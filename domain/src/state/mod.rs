@@ -59,6 +59,14 @@ pub struct Changes {
     pub compact_journal_upto: Option<u64>,
 }
 
+/// Of rows that were changed one after the other, the last change of each, in key order: what a replica has to write.
+pub fn last_changes(mut rows: Vec<RowChange>) -> Vec<RowChange> {
+    rows.reverse();
+    rows.sort_by(|a, b| (a.table, &a.key).cmp(&(b.table, &b.key)));
+    rows.dedup_by(|later, first| (later.table, &later.key) == (first.table, &first.key));
+    rows
+}
+
 /// Counters and hashes that travel with the rows.
 ///
 /// **Durability** written in the same batch as the rows it describes.

@@ -87,7 +87,7 @@ tables! {
     /// Export cursors.
     Cursor = 23: rows::Cursor,
     /// Outcomes of proposing clients' requests.
-    ClientOutcome = 24: rows::ClientOutcome,
+    ClientOutcomes = 24: rows::ClientOutcomes,
 }
 
 /// What a row is found by besides its key; unique within its table.
@@ -111,7 +111,8 @@ impl IndexKey {
 
     /// A name that is unique in its scope.
     pub fn scoped(scope: Id, name: &str) -> Self {
-        Self::Name(scope, name.to_lowercase())
+        // Most names are ASCII, for which this is the same and takes less.
+        Self::Name(scope, if name.is_ascii() { name.to_ascii_lowercase() } else { name.to_lowercase() })
     }
 
     /// A secret by its hash.
