@@ -43,7 +43,7 @@ use crate::service::{PeerService, RaftService};
 use crate::snapshot::{self, SnapshotHead, Snapshots};
 use crate::status::{Status, status};
 use crate::transport::Listener;
-use crate::{housekeeping, listen, membership, metrics, read, watchdog};
+use crate::{housekeeping, journal, listen, membership, metrics, read, watchdog};
 
 const SNAPSHOT_DIR: &str = "snapshots";
 const TRANSFER_TIMEOUT: Duration = Duration::from_secs(3);
@@ -215,9 +215,12 @@ impl Cluster {
         events::of_command(&self.core, position).await
     }
 
-    /// Events from a sequence number on, then live, without end; bookmarks between them.
-    pub fn events(&self, from_seq: u64) -> impl Stream<Item = Result<Frame, Error>> + Send + 'static {
-        events::stream(self.core.clone(), from_seq)
+    /// Events from a position on, then live, without end; bookmarks between them. A position of epoch 0 counts in the
+    /// epoch of this broker.
+    ///
+    /// **Errors**: [`Error::Compacted`], [`Error::Elsewhere`], [`Error::Reset`], [`Error::Slow`]; each ends the stream.
+    pub fn events(&self, from: Id) -> impl Stream<Item = Result<Frame, Error>> + Send + 'static {
+        events::watch(self.core.clone(), from)
     }
 
     /// Writes the state, as this broker has applied it, to a new file, durably; nothing is there under that name before
@@ -438,6 +441,8 @@ fn spawn(
     tasks.spawn(watchdog::watch_writes(core.clone()));
     tasks.spawn(watchdog::watch_room(core.clone()));
     tasks.spawn(housekeeping::watch(core.clone()));
+    tasks.spawn(journal::keep(core.clone()));
+    tasks.spawn(journal::fetch_older(core.clone()));
     tasks.spawn(housekeeping::keep_connected(core.clone()));
     tasks.spawn(housekeeping::keep_log_short(core.clone()));
     tasks.spawn(membership::keep(core.clone()));

@@ -1,17 +1,19 @@
 //! What a broker is started with.
 
 use std::collections::BTreeMap;
-use std::net::TcpListener;
 use std::sync::Arc;
 
 use openraft::SnapshotPolicy;
 use selvedge_storage::DataDir;
+use selvedge_storage::room::BALLAST_BYTES;
 use serde::{Deserialize, Serialize};
 use tonic::service::Routes;
 
+use crate::blocking::Blocking;
 use crate::clock::Clock;
 use crate::dial::DialOverride;
 use crate::enforce::Enforcer;
+use crate::transport::Transport;
 
 /// How far apart the brokers are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,6 +48,15 @@ impl Preset {
         }
     }
 
+    /// Bytes of ballast on each database disk.
+    pub(crate) fn ballast_bytes(self) -> u64 {
+        match self {
+            Self::Lan | Self::Wan => BALLAST_BYTES,
+            // Many brokers on one small disk.
+            Self::Test => 1 << 20,
+        }
+    }
+
     pub(crate) fn raft(self, cluster: &str) -> openraft::Config {
         let (election_timeout_min, election_timeout_max) = self.election_ms();
         openraft::Config {
@@ -72,11 +83,13 @@ pub struct LogLimits {
     pub snapshot_bytes: u64,
     /// Entries that are kept behind the last snapshot, for followers that are a little behind.
     pub keep_entries: u64,
+    /// Unless that many entries are more bytes than these: then fewer are kept.
+    pub keep_bytes: u64,
 }
 
 impl Default for LogLimits {
     fn default() -> Self {
-        Self { snapshot_bytes: 256 << 20, keep_entries: 100_000 }
+        Self { snapshot_bytes: 256 << 20, keep_entries: 100_000, keep_bytes: 256 << 20 }
     }
 }
 
@@ -88,14 +101,14 @@ pub struct Options {
     pub cluster_id: [u8; 16],
     /// How far apart the brokers are.
     pub preset: Preset,
-    /// The bound socket of the peer listener.
-    pub listener: TcpListener,
-    /// `selvedge_proto::tls::peer_server`.
-    pub tls_server: Arc<rustls::ServerConfig>,
-    /// `selvedge_proto::tls::peer_client`, which accepts any broker; which one it is, is compared after each handshake.
-    pub tls_client: Arc<rustls::ClientConfig>,
+    /// How brokers reach each other: [`crate::Tls`].
+    pub transport: Arc<dyn Transport>,
     /// The clocks.
     pub clock: Arc<dyn Clock>,
+    /// What election timeouts are drawn from; the system's randomness when there is none.
+    pub seed: Option<u64>,
+    /// How work that blocks is run: [`Blocking::Threads`].
+    pub blocking: Blocking,
     /// Judges again what a change touches.
     pub enforcer: Arc<dyn Enforcer>,
     /// Addresses of brokers that the state does not know yet.

@@ -1,6 +1,7 @@
 //! What can go wrong.
 
-use selvedge_domain::Rejected;
+use selvedge_domain::{Id, Rejected};
+use tokio::sync::watch;
 
 /// Why the cluster part cannot start or do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +35,26 @@ pub enum Error {
     Compacted {
         /// The last sequence number that is gone.
         upto: u64,
+    },
+    /// This broker installed a snapshot and does not have these events yet.
+    #[error("the events up to {upto} are not here yet; other brokers have them: {brokers:?}")]
+    Elsewhere {
+        /// The last sequence number that is not here.
+        upto: u64,
+        /// Node ids of brokers that said they have them.
+        brokers: Vec<u64>,
+    },
+    /// The watch is of another epoch: everything must be read again.
+    #[error("the log is of another epoch and stands at {position}")]
+    Reset {
+        /// Where the log stands.
+        position: Id,
+    },
+    /// The watcher took nothing for too long.
+    #[error("the watcher is too slow; it resumes at {resume}")]
+    Slow {
+        /// The first event that it was not given.
+        resume: Id,
     },
     /// A journal row that does not decode.
     #[error("journal row {seq} is damaged")]
@@ -69,6 +90,9 @@ pub enum ProposeError {
         /// When it may be tried again.
         retry_after_ms: u64,
     },
+    /// Not applied: a disk of the leader is nearly full, and nobody else can lead.
+    #[error("the leader's disk is nearly full (SE0110)")]
+    NoRoom,
     /// Not applied: no leader could be reached.
     #[error("no leader can be reached")]
     Unavailable,
@@ -86,6 +110,34 @@ pub enum Fatal {
         /// Where.
         index: u64,
     },
+    /// A disk is full: the log or the state could not be written.
+    #[error("a disk is full: {0}")]
+    NoSpace(String),
+    /// A write of the log or the state does not come back.
+    #[error("a write of the {what} has been waiting for {waiting_ms} ms")]
+    DiskStalled {
+        /// Of what.
+        what: &'static str,
+        /// For how long.
+        waiting_ms: u64,
+    },
+    /// Another broker remembers more of this one than it has: its disk was wiped or set back.
+    #[error("this broker has forgotten what it answered for: broker `{peer}` remembers that {why}")]
+    Forgot {
+        /// Who remembers.
+        peer: u64,
+        /// What.
+        why: String,
+    },
+    /// The rows that were loaded do not add up to the hash that was stored with them.
+    #[error("the stored rows do not add up to the state hash at position {position}")]
+    StateDamaged {
+        /// Where the state stood.
+        position: u64,
+    },
+    /// An administrator removed this broker from the cluster, for ever.
+    #[error("this broker was removed from the cluster")]
+    Removed,
     /// Judging sessions again after a change panicked: what was not judged never counts as enforced.
     #[error("enforcing the changes up to index {index} failed")]
     Enforcing {
@@ -101,6 +153,23 @@ impl Fatal {
             Self::Raft(_) => "SE0101",
             Self::StateDiffers { .. } => "SE0102",
             Self::Enforcing { .. } => "SE0103",
+            Self::Removed => "SE0104",
+            Self::NoSpace(_) => "SE0111",
+            Self::DiskStalled { .. } => "SE0112",
+            Self::Forgot { .. } => "SE0113",
+            Self::StateDamaged { .. } => "SE0114",
         }
+    }
+
+    /// Says that this broker must stop; the first reason stays.
+    pub(crate) fn report(self, to: &watch::Sender<Option<Fatal>>) {
+        to.send_if_modified(|first| {
+            if first.is_some() {
+                return false;
+            }
+            tracing::error!(code = self.code(), reason = %self, "this broker must stop");
+            *first = Some(self);
+            true
+        });
     }
 }

@@ -1,4 +1,4 @@
-//! What runs beside: snapshots and the log's length, the disk's watchdog, the end of suspicion, gauges.
+//! What runs beside: snapshots and the log's length, the end of suspicion, gauges.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,56 +9,26 @@ use selvedge_proto::peer as wire;
 
 use crate::core::Core;
 use crate::dial::Purpose;
-use crate::error::Fatal;
-use crate::metrics::{LEADER, TERM};
-use crate::snapshot::blocking;
+use crate::metrics::LOG_SINCE_SNAPSHOT_BYTES;
+use crate::status::Gauges;
 
 const INTERVAL: Duration = Duration::from_millis(250);
 const CONNECTED_INTERVAL: Duration = Duration::from_secs(1);
-/// A log write that is older makes a leader hand over.
-pub const LOG_STALL_TRANSFER_MS: u64 = 2_000;
-/// And a little later stop its heartbeats, so that another is elected.
-pub const LOG_STALL_SILENT_MS: u64 = 2_500;
-/// And any broker stop.
-pub const LOG_STALL_FATAL_MS: u64 = 5_000;
 
-/// Watches the disk, Raft and the membership.
+/// Watches Raft and the membership.
 pub(crate) async fn watch(core: Arc<Core>) {
-    let mut silent = false;
-    let mut transferring = false;
+    let mut gauges = Gauges::new(&core);
     while core.pause(INTERVAL).await.is_ok() {
         let metrics = core.metrics();
-        ::metrics::gauge!(LEADER).set(f64::from(u8::from(metrics.current_leader == Some(core.node))));
-        ::metrics::gauge!(TERM).set(metrics.current_term as f64);
+        gauges.set(&core);
         if let Err(fatal) = metrics.running_state {
-            core.fail(Fatal::Raft(fatal.to_string()));
+            core.fail(core.why_raft_stopped(&fatal));
             return;
         }
         // Remembers who is a member now.
         core.counted();
         core.longest_lease_ms();
 
-        let stalled_ms = core.log.log().oldest_unsynced_ms();
-        if stalled_ms >= LOG_STALL_FATAL_MS {
-            core.fail(Fatal::Raft(format!("a write of the log has been waiting for {stalled_ms} ms")));
-            return;
-        }
-        if stalled_ms >= LOG_STALL_SILENT_MS && !silent {
-            silent = true;
-            core.raft.runtime_config().heartbeat(false);
-        } else if stalled_ms == 0 && silent {
-            silent = false;
-            core.raft.runtime_config().heartbeat(true);
-        }
-        if stalled_ms < LOG_STALL_TRANSFER_MS {
-            transferring = false;
-        } else if !transferring {
-            transferring = true;
-            tracing::warn!(stalled_ms, "the disk of the log is slow");
-            if let Err(error) = crate::membership::transfer(&core, None).await {
-                tracing::warn!(%error, "leadership cannot be handed over");
-            }
-        }
         end_suspicion(&core);
     }
 }
@@ -66,7 +36,6 @@ pub(crate) async fn watch(core: Arc<Core>) {
 /// A broker that lost the end of its log stands again when a leader has brought it past that end.
 fn end_suspicion(core: &Core) {
     let Some(suspect) = core.log.log().suspect() else { return };
-    core.raft.runtime_config().elect(false);
     let committed = core.raft.data_metrics().borrow_watched().local_committed.as_ref().map(|id| id.index);
     // Alone, there is nobody to whom the lost end was acknowledged.
     let alone = core.voters() == [core.node];
@@ -76,7 +45,6 @@ fn end_suspicion(core: &Core) {
             "a leader has brought this broker past the end of the log that it lost, or it is alone"
         );
         core.log.log().clear_suspect(Box::new(|_| ()));
-        core.raft.runtime_config().elect(true);
     }
 }
 
@@ -99,13 +67,17 @@ pub(crate) async fn keep_connected(core: Arc<Core>) {
 
 /// Makes snapshots as the log grows, and cuts the log behind them.
 pub(crate) async fn keep_log_short(core: Arc<Core>) {
-    let mut snapshot_at_bytes = core.log.appended_bytes();
+    let log = core.log.log();
+    // What was there at the start beyond what is kept anyway has no snapshot any more.
+    let mut snapshot_at_bytes = log.written_bytes().min(core.limits.keep_bytes);
+    let mut next_bytes = core.limits.snapshot_bytes + stagger(&core);
     while core.pause(Duration::from_secs(1)).await.is_ok() {
-        let appended = core.log.appended_bytes();
-        if appended - snapshot_at_bytes < core.limits.snapshot_bytes {
+        let written = log.written_bytes();
+        ::metrics::gauge!(LOG_SINCE_SNAPSHOT_BYTES).set((written - snapshot_at_bytes) as f64);
+        if written - snapshot_at_bytes < next_bytes {
             continue;
         }
-        snapshot_at_bytes = appended;
+        (snapshot_at_bytes, next_bytes) = (written, core.limits.snapshot_bytes);
         if core.raft.trigger().snapshot().await.is_err() {
             return;
         }
@@ -127,19 +99,50 @@ pub(crate) async fn keep_log_short(core: Arc<Core>) {
     }
 }
 
+/// All logs grow alike: each broker waits a little longer than the one before, once, so that one at a time is busy.
+fn stagger(core: &Core) -> u64 {
+    let mut members = core.members();
+    members.sort_unstable();
+    let place = members.iter().position(|node| *node == core.node).unwrap_or(0);
+    core.limits.snapshot_bytes / members.len().max(1) as u64 * place as u64
+}
+
 /// Cuts the log behind the snapshot and what of the state is durable, less what followers may still want.
 async fn purge(core: &Core) {
     let durable = (*core.published.applied().borrow()).saturating_sub(1);
     let store = core.store.clone();
-    if let Err(error) = blocking(move || store.sync().map_err(std::io::Error::other)).await {
+    if let Err(error) = core.blocking.run(move || store.sync().map_err(std::io::Error::other)).await {
         tracing::warn!(%error, "the state cannot be synced; the log is not cut");
         return;
     }
     let Some(snapshot) = core.metrics().snapshot.map(|id| id.index) else { return };
-    if let Some(upto) = snapshot.min(durable).checked_sub(core.limits.keep_entries) {
+    let behind = core.log.log().index_behind(core.limits.keep_bytes);
+    if let Some(upto) = cut_upto(snapshot, durable, behind, core.limits.keep_entries) {
         tracing::info!(upto, "cutting the log");
         if let Err(error) = core.raft.trigger().purge_log(upto).await {
             tracing::warn!(%error, "the log cannot be cut");
         }
+    }
+}
+
+/// Up to where the log may be cut: never beyond the snapshot or the durable state, and so that either enough entries
+/// or enough bytes (`behind`) are left.
+fn cut_upto(snapshot: u64, durable: u64, behind: Option<u64>, keep_entries: u64) -> Option<u64> {
+    let bound = snapshot.min(durable);
+    bound.checked_sub(keep_entries).max(behind.map(|behind| behind.min(bound)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_log_is_cut_behind_snapshot_and_durable_state_and_keeps_entries_or_bytes() {
+        assert_eq!(cut_upto(500, 400, None, 100), Some(300), "what is not durable is needed again");
+        assert_eq!(cut_upto(400, 500, None, 100), Some(300), "what is in no snapshot is needed by others");
+        assert_eq!(cut_upto(50, 50, None, 100), None, "not enough to cut");
+        assert_eq!(cut_upto(50, 50, Some(20), 100), Some(20), "large entries are cut sooner");
+        assert_eq!(cut_upto(500, 500, Some(20), 100), Some(400), "small ones by their number");
+        assert_eq!(cut_upto(500, 400, Some(450), 1_000), Some(400), "never beyond what is safe");
     }
 }

@@ -3,8 +3,6 @@
 use std::fmt::Debug;
 use std::io;
 use std::ops::{Bound, RangeBounds};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use openraft::storage::{IOFlushed, RaftLogStorage};
 use openraft::{LogState, OptionalSend, RaftLogReader};
@@ -21,18 +19,12 @@ pub const APPEND_BYTES_MAX: usize = 2 << 20;
 #[derive(Clone)]
 pub struct LogStore {
     log: Log,
-    appended_bytes: Arc<AtomicU64>,
 }
 
 impl LogStore {
     /// Over an opened log.
     pub fn new(log: Log) -> Self {
-        Self { log, appended_bytes: Arc::default() }
-    }
-
-    /// Bytes appended since the start, for the decision when to make a snapshot.
-    pub fn appended_bytes(&self) -> u64 {
-        self.appended_bytes.load(Ordering::Relaxed)
+        Self { log }
     }
 
     /// The log itself.
@@ -107,9 +99,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         I: IntoIterator<Item = Entry> + OptionalSend,
         I::IntoIter: OptionalSend,
     {
-        let records: Vec<_> = entries.into_iter().map(convert::record).collect();
-        let bytes: usize = records.iter().map(|record| record.size_bytes()).sum();
-        self.appended_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        let records = entries.into_iter().map(convert::record).collect();
         self.log.append(records, Box::new(|result| callback.io_completed(result.map_err(io::Error::other))));
         Ok(())
     }

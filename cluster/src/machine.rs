@@ -10,16 +10,20 @@ use futures::{Stream, StreamExt as _};
 use openraft::OptionalSend;
 use openraft::storage::{EntryResponder, RaftStateMachine};
 use prost::Message as _;
-use selvedge_domain::state::Meta;
+use selvedge_domain::state::{Meta, last_changes};
 use selvedge_domain::{Changes, Command, Outcome, RowChange, State};
 use selvedge_proto::peer as wire;
-use selvedge_storage::state::{self, StateStore};
+use selvedge_storage::state::StateStore;
+use tokio::sync::watch;
 
+use crate::blocking::Blocking;
 use crate::convert::{self, invalid};
+use crate::error::Fatal;
+use crate::journal;
 use crate::metrics::{APPLIED_INDEX, APPLY_SECONDS};
 use crate::published::{HashesAt, Published};
 use crate::raft_types::{Batch, Entry, LogId, Payload, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
-use crate::snapshot::{SnapshotData, Snapshots, blocking, decode_meta};
+use crate::snapshot::{SnapshotData, Snapshots, decode_meta};
 
 /// Entries that are applied with one write.
 const APPLY_ENTRIES_MAX: usize = 64;
@@ -32,6 +36,7 @@ pub struct Machine {
     state: State,
     last_applied: Option<LogId>,
     membership: StoredMembership,
+    fatal: watch::Sender<Option<Fatal>>,
 }
 
 impl Machine {
@@ -40,14 +45,17 @@ impl Machine {
         store: Arc<StateStore>,
         snapshot_dir: PathBuf,
         published: Arc<Published>,
+        blocking: Blocking,
+        fatal: watch::Sender<Option<Fatal>>,
     ) -> io::Result<Self> {
         let mut machine = Self {
-            snapshots: Snapshots::new(store.clone(), snapshot_dir)?,
+            snapshots: Snapshots::new(store.clone(), snapshot_dir, blocking)?,
             store,
             published,
             state: State::default(),
             last_applied: None,
             membership: StoredMembership::default(),
+            fatal,
         };
         machine.load().await?;
         Ok(machine)
@@ -59,7 +67,7 @@ impl Machine {
 
     async fn load(&mut self) -> io::Result<()> {
         let store = self.store.clone();
-        let (rows, meta) = blocking(move || {
+        let read = move || {
             let mut rows = Vec::new();
             let meta = store
                 .load(|table, key, value| {
@@ -67,15 +75,24 @@ impl Machine {
                 })
                 .map_err(io::Error::other)?;
             Ok((rows, meta))
-        })
-        .await?;
+        };
+        let (rows, meta) = self.snapshots.blocking().run(read).await?;
         let meta = meta.map_or_else(|| Ok(wire::StateMeta::default()), |bytes| decode_meta(&bytes))?;
         let domain = Meta::decode(&*meta.domain).map_err(|_| invalid("the stored meta of the state is none"))?;
         self.state = State::load(domain, rows).map_err(io::Error::other)?;
         self.last_applied = meta.last_applied.as_ref().map(convert::log_id_back);
         self.membership = convert::stored_membership_back(meta.membership.as_ref())?;
         let index = self.last_applied.as_ref().map(|id| id.index);
-        self.published.replace(Arc::new(self.state.clone()), index).await;
+        let state = Arc::new(self.state.clone());
+        // After an install: what is fetched of the journal before it must lead to this hash.
+        let (store, seq) = (self.store.clone(), state.position().seq);
+        if let Ok(hash) = <[u8; 32]>::try_from(state.meta().journal_hash)
+            && store.journal_bounds().map_err(io::Error::other)?.compacted == seq
+        {
+            store.mark_journal(&[(seq, hash)]).map_err(io::Error::other)?;
+        }
+        tokio::spawn(check(self.snapshots.blocking().clone(), state.clone(), self.fatal.clone()));
+        self.published.replace(state, index).await;
         Ok(())
     }
 
@@ -127,16 +144,11 @@ impl Machine {
             });
             answers.extend(responder.map(|responder| (responder, outcomes)));
         }
-        let rows: Vec<_> = changes
-            .rows
-            .into_iter()
-            .map(|row| state::RowChange { table: row.table, key: row.key, value: row.value })
-            .collect();
-        let journal: Vec<_> =
-            changes.journal.into_iter().map(|row| state::JournalRow { seq: row.seq, bytes: row.bytes }).collect();
-        self.store.write(&rows, &journal, &self.meta(), false).map_err(io::Error::other)?;
+        let rows = last_changes(changes.rows);
+        self.store.mark_journal(&changes.journal_marks).map_err(io::Error::other)?;
+        self.store.write(&rows, &changes.journal, &self.meta(), false).map_err(io::Error::other)?;
         if let Some(upto) = changes.compact_journal_upto {
-            self.store.compact_journal(upto).map_err(io::Error::other)?;
+            journal::compact(&self.store, upto).map_err(io::Error::other)?;
         }
         self.published.advance(Arc::new(self.state.clone()), last_index, changes.events, hashes).await;
         for (responder, outcomes) in answers {
@@ -145,6 +157,14 @@ impl Machine {
         ::metrics::histogram!(APPLY_SECONDS).record(begun.elapsed());
         ::metrics::gauge!(APPLIED_INDEX).set(last_index as f64);
         Ok(())
+    }
+}
+
+/// Hashes the rows that were loaded again, while they are served already.
+async fn check(blocking: Blocking, state: Arc<State>, fatal: watch::Sender<Option<Fatal>>) {
+    let position = state.position().seq;
+    if let Ok(false) = blocking.call(move || state.adds_up()).await {
+        Fatal::StateDamaged { position }.report(&fatal);
     }
 }
 
@@ -177,7 +197,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
 
     async fn install_snapshot(&mut self, _meta: &SnapshotMeta, snapshot: SnapshotData) -> Result<(), io::Error> {
         let snapshots = self.snapshots.clone();
-        blocking(move || snapshots.install(&snapshot)).await?;
+        self.snapshots.blocking().run(move || snapshots.install(&snapshot)).await?;
         self.load().await
     }
 

@@ -18,6 +18,8 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Response, Status};
 
+use crate::acquaintance::{Acquaintances, GREET_TIMEOUT};
+use crate::blocking::Blocking;
 use crate::convert;
 use crate::dial::{Dialer, PeerChannel, Purpose};
 use crate::metrics::SNAPSHOTS_TOTAL;
@@ -37,8 +39,10 @@ pub(crate) const SNAPSHOT_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 #[derive(Clone)]
 pub(crate) struct Network {
     pub(crate) dialer: Dialer,
+    pub(crate) acquaintances: Acquaintances,
     /// An append call that is not answered for so long is given up. Longer than a heartbeat: entries take time.
     pub(crate) append_timeout: Duration,
+    pub(crate) blocking: Blocking,
 }
 
 impl Network {
@@ -46,7 +50,13 @@ impl Network {
         let raft = RaftClient::new(self.dialer.channel(target, purpose))
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
-        Client { raft, append_timeout: self.append_timeout }
+        Client {
+            raft,
+            target,
+            acquaintances: self.acquaintances.clone(),
+            append_timeout: self.append_timeout,
+            blocking: self.blocking.clone(),
+        }
     }
 }
 
@@ -65,7 +75,10 @@ impl RaftNetworkFactory<TypeConfig> for Network {
 /// Calls one broker.
 pub(crate) struct Client {
     raft: RaftClient<PeerChannel>,
+    target: u64,
+    acquaintances: Acquaintances,
     append_timeout: Duration,
+    blocking: Blocking,
 }
 
 type RpcResult<T> = Result<T, RPCError<TypeConfig>>;
@@ -112,6 +125,36 @@ fn vote_reply(reply: &wire::VoteReply) -> RpcResult<VoteResponse<TypeConfig>> {
     Ok(VoteResponse::new(vote, reply.last.as_ref().map(convert::log_id_back), reply.granted))
 }
 
+impl Client {
+    /// Greets the other side unless both have met.
+    async fn meet(&mut self, timeout: Duration) -> RpcResult<()> {
+        if self.acquaintances.has_met(self.target) {
+            return Ok(());
+        }
+        let greeting = timed(self.acquaintances.greeting(self.target), timeout);
+        let reply = call(self.raft.greet(greeting), timeout).await?;
+        self.acquaintances.answered(self.target, reply).map_err(|status| rpc_error(&status))
+    }
+
+    /// Waits for an answer, after a greeting where it is due.
+    async fn ask<T>(
+        &mut self,
+        timeout: Duration,
+        answer: impl Future<Output = Result<Response<T>, Status>>,
+    ) -> RpcResult<T> {
+        self.meet(timeout).await?;
+        let parted = async {
+            answer.await.inspect_err(|status| {
+                if status.code() == Code::FailedPrecondition {
+                    // It has started again since.
+                    self.acquaintances.part(self.target);
+                }
+            })
+        };
+        call(parted, timeout).await
+    }
+}
+
 impl RaftNetworkV2<TypeConfig> for Client {
     type SnapshotData = SnapshotData;
 
@@ -128,12 +171,20 @@ impl RaftNetworkV2<TypeConfig> for Client {
         };
         // Heartbeats are cut by Raft itself.
         let timeout = option.soft_ttl().max(self.append_timeout);
-        let reply = call(self.raft.append(timed(request, timeout)), timeout).await?;
+        let held = rpc.entries.last().map(|entry| entry.log_id).or(rpc.prev_log_id);
+        let mut raft = self.raft.clone();
+        let reply = self.ask(timeout, raft.append(timed(request, timeout))).await?;
+        let holds = |upto| self.acquaintances.holds(self.target, upto, rpc.leader_commit);
         use wire::append_reply::Result as Reply;
         match reply.result {
-            Some(Reply::Success(_)) => Ok(AppendEntriesResponse::Success),
+            Some(Reply::Success(_)) => {
+                holds(held);
+                Ok(AppendEntriesResponse::Success)
+            }
             Some(Reply::Partial(partial)) => {
-                Ok(AppendEntriesResponse::PartialSuccess(partial.upto.as_ref().map(convert::log_id_back)))
+                let upto = partial.upto.as_ref().map(convert::log_id_back);
+                holds(upto);
+                Ok(AppendEntriesResponse::PartialSuccess(upto))
             }
             Some(Reply::Conflict(_)) => Ok(AppendEntriesResponse::Conflict),
             Some(Reply::HigherVote(vote)) => {
@@ -146,7 +197,12 @@ impl RaftNetworkV2<TypeConfig> for Client {
 
     async fn vote(&mut self, rpc: VoteRequest<TypeConfig>, option: RPCOption) -> RpcResult<VoteResponse<TypeConfig>> {
         let timeout = option.soft_ttl();
-        vote_reply(&call(self.raft.vote(timed(vote_request(&rpc), timeout)), timeout).await?)
+        let mut raft = self.raft.clone();
+        let reply = vote_reply(&self.ask(timeout, raft.vote(timed(vote_request(&rpc), timeout))).await?)?;
+        if reply.vote_granted {
+            self.acquaintances.granted(self.target, &rpc.vote);
+        }
+        Ok(reply)
     }
 
     async fn pre_vote(
@@ -155,7 +211,8 @@ impl RaftNetworkV2<TypeConfig> for Client {
         option: RPCOption,
     ) -> RpcResult<VoteResponse<TypeConfig>> {
         let timeout = option.soft_ttl();
-        vote_reply(&call(self.raft.pre_vote(timed(vote_request(&rpc), timeout)), timeout).await?)
+        let mut raft = self.raft.clone();
+        vote_reply(&self.ask(timeout, raft.pre_vote(timed(vote_request(&rpc), timeout))).await?)
     }
 
     async fn full_snapshot(
@@ -165,17 +222,15 @@ impl RaftNetworkV2<TypeConfig> for Client {
         cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
         _option: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
+        self.meet(GREET_TIMEOUT).await?;
+        let installed = snapshot.meta.last_log_id;
         let (chunks, stream) = mpsc::channel(SNAPSHOT_CHUNKS_MAX);
         let head = wire::SnapshotHead {
             vote: Some(convert::vote(&vote)),
             last: snapshot.meta.last_log_id.as_ref().map(convert::log_id),
             membership: Some(convert::stored_membership(&snapshot.meta.last_membership)),
         };
-        let exported = tokio::task::spawn_blocking(move || {
-            let mut to = ChunkWriter { chunks, head: Some(head), data: Vec::new() };
-            snapshot.snapshot.write_to(&mut to)?;
-            to.send()
-        });
+        let exported = tokio::spawn(export(self.blocking.clone(), snapshot, head, chunks));
         let (progress, mut moved) = tokio::sync::watch::channel(());
         let stream = ReceiverStream::new(stream).inspect(move |_| progress.send_modify(|()| ()));
         let answer = self.raft.snapshot(stream);
@@ -205,6 +260,7 @@ impl RaftNetworkV2<TypeConfig> for Client {
         }
         ::metrics::counter!(SNAPSHOTS_TOTAL, "kind" => "sent").increment(1);
         let vote = convert::vote_back(reply.vote.as_ref()).map_err(|error| malformed(&error))?;
+        self.acquaintances.holds(self.target, installed, installed);
         Ok(SnapshotResponse::new(vote))
     }
 
@@ -219,7 +275,8 @@ impl RaftNetworkV2<TypeConfig> for Client {
             last: req.last_log_id().map(convert::log_id),
         };
         let timeout = option.soft_ttl();
-        let reply = call(self.raft.transfer_leader(timed(request, timeout)), timeout).await?;
+        let mut raft = self.raft.clone();
+        let reply = self.ask(timeout, raft.transfer_leader(timed(request, timeout))).await?;
         use wire::transfer_reply::Result as Reply;
         let vote = |vote: Option<wire::Vote>| convert::vote_back(vote.as_ref()).map_err(|error| malformed(&error));
         match reply.result {
@@ -237,21 +294,52 @@ impl RaftNetworkV2<TypeConfig> for Client {
     }
 }
 
-/// Cuts what is written into chunks. Blocks while the queue is full.
-struct ChunkWriter {
+/// Sends a snapshot's rows in chunks.
+async fn export(
+    blocking: Blocking,
+    snapshot: Snapshot,
+    head: wire::SnapshotHead,
     chunks: mpsc::Sender<wire::SnapshotChunk>,
+) -> io::Result<()> {
+    let gone = || io::Error::from(io::ErrorKind::BrokenPipe);
+    let write = move |send: &mut dyn FnMut(wire::SnapshotChunk) -> io::Result<()>| {
+        let mut to = ChunkWriter { send, head: Some(head), data: Vec::new() };
+        snapshot.snapshot.write_to(&mut to)?;
+        to.send()
+    };
+    match &blocking {
+        Blocking::Threads => {
+            blocking.run(move || write(&mut |chunk| chunks.blocking_send(chunk).map_err(|_| gone()))).await
+        }
+        // Whoever takes the chunks from the queue needs this thread, too.
+        Blocking::Inline(_) => {
+            let mut all = Vec::new();
+            write(&mut |chunk| {
+                all.push(chunk);
+                Ok(())
+            })?;
+            for chunk in all {
+                chunks.send(chunk).await.map_err(|_| gone())?;
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Cuts what is written into chunks.
+struct ChunkWriter<'a> {
+    send: &'a mut dyn FnMut(wire::SnapshotChunk) -> io::Result<()>,
     head: Option<wire::SnapshotHead>,
     data: Vec<u8>,
 }
 
-impl ChunkWriter {
+impl ChunkWriter<'_> {
     fn send(&mut self) -> io::Result<()> {
-        let chunk = wire::SnapshotChunk { head: self.head.take(), data: std::mem::take(&mut self.data) };
-        self.chunks.blocking_send(chunk).map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))
+        (self.send)(wire::SnapshotChunk { head: self.head.take(), data: std::mem::take(&mut self.data) })
     }
 }
 
-impl Write for ChunkWriter {
+impl Write for ChunkWriter<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let taken = bytes.len().min(SNAPSHOT_CHUNK_BYTES - self.data.len());
         self.data.extend_from_slice(&bytes[..taken]);

@@ -1,16 +1,21 @@
 //! Snapshots of the state: a checkpoint that shares files with the database, or a stream that was received.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use openraft::storage::RaftSnapshotBuilder;
 use parking_lot::Mutex;
 use prost::Message as _;
+use selvedge_domain::state::{Meta, StateHash, Table};
+use selvedge_domain::{Id, rows};
 use selvedge_proto::peer as wire;
 use selvedge_storage::state::{self, StateStore};
+use serde::Serialize;
 
+use crate::blocking::Blocking;
 use crate::convert;
 use crate::metrics::SNAPSHOTS_TOTAL;
 use crate::raft_types::{Snapshot, SnapshotMeta, TypeConfig};
@@ -26,13 +31,16 @@ pub enum SnapshotData {
 
 /// A checkpoint of the database.
 pub struct Checkpoint {
+    store: Arc<StateStore>,
     snapshot: state::Snapshot,
     dir: PathBuf,
 }
 
 impl Drop for Checkpoint {
     fn drop(&mut self) {
-        remove(&self.dir, fs::remove_dir_all(&self.dir));
+        if let Err(error) = self.store.remove_checkpoint(&self.dir) {
+            tracing::warn!(%error, path = %self.dir.display(), "an old snapshot is removed at the next start");
+        }
     }
 }
 
@@ -76,8 +84,8 @@ impl SnapshotData {
     /// Reads all of a received stream and checks it and that it is what its sender said; changes nothing. Blocks.
     pub(crate) fn verify(&self, said: &SnapshotMeta) -> io::Result<()> {
         let Self::File(file) = self else { return Ok(()) };
-        let meta = state::verify(open(&file.path)?).map_err(io::Error::other)?;
-        if snapshot_meta(&decode_meta(&meta)?)? == *said {
+        let (_, meta, _) = read(&file.path)?;
+        if snapshot_meta(&meta)? == *said {
             Ok(())
         } else {
             Err(convert::invalid("a snapshot that is not what its sender said"))
@@ -90,6 +98,7 @@ impl SnapshotData {
 pub struct Snapshots {
     store: Arc<StateStore>,
     dir: PathBuf,
+    blocking: Blocking,
     inner: Arc<Mutex<Inner>>,
 }
 
@@ -101,13 +110,17 @@ struct Inner {
 
 impl Snapshots {
     /// Uses a directory, and empties it.
-    pub(crate) fn new(store: Arc<StateStore>, dir: PathBuf) -> io::Result<Self> {
+    pub(crate) fn new(store: Arc<StateStore>, dir: PathBuf, blocking: Blocking) -> io::Result<Self> {
         match fs::remove_dir_all(&dir) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
         fs::create_dir_all(&dir)?;
-        Ok(Self { store, dir, inner: Arc::default() })
+        Ok(Self { store, dir, blocking, inner: Arc::default() })
+    }
+
+    pub(crate) fn blocking(&self) -> &Blocking {
+        &self.blocking
     }
 
     pub(crate) fn current(&self) -> Option<Snapshot> {
@@ -123,11 +136,18 @@ impl Snapshots {
 
     fn build(&self) -> io::Result<Snapshot> {
         let dir = self.new_path();
-        self.store.checkpoint(&dir).map_err(io::Error::other)?;
+        if let Err(error) = self.store.checkpoint(&dir) {
+            // What a full disk left of it.
+            let _ = self.store.remove_checkpoint(&dir);
+            return Err(io::Error::other(error));
+        }
         let snapshot = self.store.open_checkpoint(&dir).map_err(io::Error::other)?;
         let meta = snapshot.meta().map_err(io::Error::other)?.unwrap_or_default();
         let meta = snapshot_meta(&decode_meta(&meta)?)?;
-        let made = Snapshot { meta, snapshot: SnapshotData::Checkpoint(Arc::new(Checkpoint { snapshot, dir })) };
+        let made = Snapshot {
+            meta,
+            snapshot: SnapshotData::Checkpoint(Arc::new(Checkpoint { store: self.store.clone(), snapshot, dir })),
+        };
         self.inner.lock().current = Some(made.clone());
         ::metrics::counter!(SNAPSHOTS_TOTAL, "kind" => "built").increment(1);
         Ok(made)
@@ -159,18 +179,100 @@ impl RaftSnapshotBuilder<TypeConfig> for Snapshots {
 
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
         let this = self.clone();
-        blocking(move || this.build()).await
+        self.blocking.run(move || this.build()).await
     }
 }
 
-/// Runs what blocks off the runtime's own threads.
-pub(crate) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> io::Result<T> + Send + 'static,
-) -> io::Result<T> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(_) => Err(io::Error::other("the work panicked or the runtime is shutting down")),
+/// What a snapshot in a file is of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SnapshotHead {
+    /// The cluster, in hex; empty when it was not initialised.
+    pub cluster_id: String,
+    /// Position of the log.
+    pub position: Id,
+    /// Cluster time, milliseconds.
+    pub time_ms: u64,
+    /// Hash of the state, in hex.
+    pub state_hash: String,
+    /// Term of the last entry applied.
+    pub term: u64,
+    /// Index of the last entry applied.
+    pub index: u64,
+    /// Voters.
+    pub voters: Vec<u64>,
+    /// Learners.
+    pub learners: Vec<u64>,
+    /// Rows of the state.
+    pub rows: u64,
+    /// Length of the file.
+    pub bytes: u64,
+}
+
+impl SnapshotHead {
+    /// Reads a whole snapshot from a file and checks it. Blocks; needs no cluster.
+    ///
+    /// **Errors**: the file, or that it is no whole snapshot.
+    pub fn read(path: &Path) -> io::Result<Self> {
+        let (head, meta, cluster) = read(path)?;
+        let domain = Meta::decode(&*meta.domain).map_err(|_| convert::invalid("the snapshot's meta is none"))?;
+        let membership = convert::stored_membership_back(meta.membership.as_ref())?;
+        let last = meta.last_applied.unwrap_or_default();
+        Ok(Self {
+            cluster_id: cluster.map(|cluster| hex::encode(cluster.cluster_id)).unwrap_or_default(),
+            position: domain.position.unwrap_or_default(),
+            time_ms: domain.time_ms,
+            state_hash: hex::encode(domain.state_hash),
+            term: last.term,
+            index: last.index,
+            voters: membership.membership().voter_ids().collect(),
+            learners: membership.membership().learner_ids().collect(),
+            rows: head.rows,
+            bytes: fs::metadata(path)?.len(),
+        })
     }
+}
+
+/// Reads a whole stream and checks that its rows add up to the hash that it names.
+fn read(path: &Path) -> io::Result<(state::Head, wire::StateMeta, Option<rows::Cluster>)> {
+    let mut hash = StateHash::default();
+    let mut cluster = None;
+    let head = state::verify(open(path)?, |table, key, value| {
+        hash.add(table, key, value);
+        if table == Table::Cluster as u8 {
+            cluster = rows::Cluster::decode(value).ok();
+        }
+    });
+    let head = head.map_err(io::Error::other)?;
+    let meta = decode_meta(&head.meta)?;
+    let domain = Meta::decode(&*meta.domain).map_err(|_| convert::invalid("the snapshot's meta is none"))?;
+    if !domain.state_hash.is_empty() && domain.state_hash != hash.to_array() {
+        return Err(convert::invalid("a snapshot whose rows do not add up to its hash"));
+    }
+    Ok((head, meta, cluster))
+}
+
+/// Writes the state as it stands to a new file, durably. Blocks.
+pub(crate) fn save(store: &StateStore, path: &Path) -> io::Result<SnapshotHead> {
+    let file_name = path.file_name().ok_or_else(|| convert::invalid("a path that names no file"))?;
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if path.exists() {
+        return Err(io::ErrorKind::AlreadyExists.into());
+    }
+    let mut temporary = file_name.to_owned();
+    temporary.push(".new");
+    let temporary = dir.join(temporary);
+    let written = (|| {
+        let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+        let mut to = BufWriter::with_capacity(1 << 20, file);
+        store.export(&mut to).map_err(io::Error::other)?;
+        to.into_inner()?.sync_all()?;
+        let head = SnapshotHead::read(&temporary)?;
+        fs::hard_link(&temporary, path)?;
+        File::open(dir)?.sync_all()?;
+        Ok(head)
+    })();
+    remove(&temporary, fs::remove_file(&temporary));
+    written
 }
 
 pub(crate) fn decode_meta(bytes: &[u8]) -> io::Result<wire::StateMeta> {

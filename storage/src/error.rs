@@ -17,19 +17,19 @@ pub enum Error {
         source: Arc<io::Error>,
     },
     /// The disk has no room left.
-    #[error("no space left on the disk of `{path}`")]
+    #[error("no space left on the disk of `{path}` (SE0111)")]
     NoSpace {
         /// The file or directory that was written.
         path: PathBuf,
     },
     /// The disk takes no writes: it is mounted read-only, or became so.
-    #[error("the disk of `{path}` is read-only")]
+    #[error("the disk of `{path}` is read-only (SE0115)")]
     ReadOnly {
         /// The file or directory that was written.
         path: PathBuf,
     },
     /// Another process holds this directory.
-    #[error("`{path}` is in use by another process{holder}")]
+    #[error("`{path}` is in use by another process{holder} (SE0116)")]
     Locked {
         /// The directory.
         path: PathBuf,
@@ -46,7 +46,7 @@ pub enum Error {
         source: Arc<dyn std::error::Error + Send + Sync>,
     },
     /// A log record cannot be trusted; the node must be replaced.
-    #[error("log record {index} is damaged: {why}")]
+    #[error("log record {index} is damaged: {why} (SE0114)")]
     LogDamaged {
         /// Index of the record.
         index: u64,
@@ -54,7 +54,7 @@ pub enum Error {
         why: String,
     },
     /// A small record (vote, cluster id, ...) cannot be trusted.
-    #[error("the stored `{what}` is damaged: {why}")]
+    #[error("the stored `{what}` is damaged: {why} (SE0114)")]
     MetaDamaged {
         /// Which one.
         what: &'static str,
@@ -118,7 +118,7 @@ pub enum Error {
     #[error(transparent)]
     AuditBroken(#[from] Arc<crate::audit::Broken>),
     /// The data directory holds data but not the identity that was made with it.
-    #[error("`{path}` holds data but no `{file}`; it cannot be given a new identity")]
+    #[error("`{path}` holds data but no `{file}`; it cannot be given a new identity (SE0117)")]
     IdentityMissing {
         /// The data directory.
         path: PathBuf,
@@ -126,7 +126,7 @@ pub enum Error {
         file: &'static str,
     },
     /// The data directory belongs to another cluster.
-    #[error("this data directory belongs to cluster `{stored}`, not to `{given}`")]
+    #[error("this data directory belongs to cluster `{stored}`, not to `{given}` (SE0117)")]
     OtherCluster {
         /// The cluster it was made a member of.
         stored: String,

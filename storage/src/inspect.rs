@@ -49,17 +49,21 @@ pub fn identity(path: &Path) -> Result<Identity, Error> {
 /// **Source** proc_locks(5).
 pub fn holder(path: &Path) -> Option<u32> {
     let lock = path.join(dir::LOCK_FILE);
-    let inode = fs::metadata(&lock).ok()?.ino().to_string();
+    let found = fs::metadata(&lock).ok()?;
+    let device = format!("{:02x}:{:02x}", rustix::fs::major(found.dev()), rustix::fs::minor(found.dev()));
+    let inode = found.ino().to_string();
     let written: Option<u32> = fs::read_to_string(&lock).ok()?.trim().parse().ok();
     let locks = fs::read_to_string("/proc/locks").ok()?;
-    let pids = locks.lines().filter_map(|line| {
+    locks.lines().find_map(|line| {
         let mut words = line.split_whitespace().skip(1);
         let (kind, pid, place) = (words.next()?, words.nth(2)?, words.next()?);
-        (kind == "FLOCK" && place.rsplit(':').next() == Some(&inode)).then(|| pid.parse::<u32>().ok()).flatten()
-    });
-    let pids: Vec<u32> = pids.collect();
-    // Inodes repeat on other file systems; who holds this one wrote its number into it.
-    written.filter(|pid| pids.contains(pid)).or(pids.first().copied().filter(|_| written.is_none()))
+        let (on, of) = place.rsplit_once(':')?;
+        // Some file systems say another device here; who holds the lock wrote its number into the file.
+        let pid = pid.parse::<u32>().ok().filter(|pid| *pid > 0);
+        let is_it = kind == "FLOCK" && of == inode && (on == device || (pid.is_some() && pid == written));
+        // A process in another namespace has no number here.
+        is_it.then(|| pid.or(written)).flatten()
+    })
 }
 
 /// The Raft log, every record checked.

@@ -277,6 +277,7 @@ impl Context {
             Err(ProposeError::Refused(rejected)) => (rejected_code(rejected.code), None),
             Err(ProposeError::Unknown) => ("unknown", None),
             Err(ProposeError::Busy { .. }) => ("busy", None),
+            Err(ProposeError::NoRoom) => ("no_room", None),
             Err(ProposeError::Unavailable) => ("no_leader", None),
         };
         let record = AdminChange {

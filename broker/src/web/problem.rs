@@ -141,6 +141,12 @@ impl From<ProposeError> for Problem {
                 retry_after_s: Some(retry_after_ms.div_ceil(1_000).max(1)),
                 ..Self::unavailable("busy", "too many changes wait already; nothing was changed")
             },
+            ProposeError::NoRoom => Self::new(
+                StatusCode::INSUFFICIENT_STORAGE,
+                "SE0110",
+                "no room",
+                "the leader's disk is nearly full; nothing was changed",
+            ),
             ProposeError::Unavailable => {
                 Self::unavailable("no_leader", "no leader with a quorum can be reached; nothing was changed")
             }
@@ -160,6 +166,21 @@ impl From<selvedge_cluster::Error> for Problem {
                 "the journal does not go back that far",
                 format!("it begins after {upto}"),
             ),
+            selvedge_cluster::Error::Reset { position } => Self::new(
+                StatusCode::GONE,
+                "reset",
+                "the log began another epoch",
+                format!("the position is {position}; read everything again"),
+            ),
+            selvedge_cluster::Error::Elsewhere { upto, brokers } => {
+                let brokers: Vec<String> = brokers.iter().map(ToString::to_string).collect();
+                let have = if brokers.is_empty() { "no broker says it has".into() } else { brokers.join(", ") + " have" };
+                let detail = format!("this broker does not have the events up to {upto} yet; {have} them");
+                Self::unavailable("elsewhere", detail)
+            }
+            selvedge_cluster::Error::Slow { resume } => {
+                Self::unavailable("slow", format!("the reader took nothing for too long; it resumes at {resume}"))
+            }
             selvedge_cluster::Error::Membership(message) => Self::conflict(message),
             other => Self::internal(&other),
         }

@@ -6,16 +6,18 @@ use std::time::Duration;
 
 use futures::{Stream, StreamExt as _};
 use prost::Message as _;
+use selvedge_domain::Id;
 use selvedge_domain::state::Table;
 use selvedge_proto::peer as wire;
 use selvedge_proto::peer::change_request::Change;
 use selvedge_proto::peer::peer_server;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 use crate::convert;
 use crate::core::Core;
 use crate::error::Error;
 use crate::events::{self, Frame};
+use crate::journal;
 use crate::leader::{Answer, BUSY_RETRY_AFTER_MS};
 use crate::listen::Caller;
 use crate::membership::{self, Attempt};
@@ -107,23 +109,40 @@ impl peer_server::Peer for PeerService {
     type EventsStream = Pin<Box<dyn Stream<Item = Result<wire::EventsFrame, Status>> + Send>>;
 
     async fn events(&self, request: Request<wire::EventsRequest>) -> Result<Response<Self::EventsStream>, Status> {
-        let frames = events::stream(self.0.clone(), request.into_inner().from_seq).map(|frame| match frame {
+        let request = request.into_inner();
+        let from = Id::new(request.epoch, request.from_seq);
+        let frames = events::watch(self.0.clone(), from).map(|frame| match frame {
             Ok(Frame::Events { position, events, last }) => Ok(wire::EventsFrame {
                 position: Some(convert::position(position)),
                 events: events.iter().map(|event| event.encode_to_vec()).collect(),
                 last,
-                state_hash: Vec::new(),
+                ..wire::EventsFrame::default()
             }),
-            Ok(Frame::Bookmark { position, state_hash }) => Ok(wire::EventsFrame {
+            Ok(Frame::Bookmark { position, state_hash, journal_hash }) => Ok(wire::EventsFrame {
                 position: Some(convert::position(position)),
                 events: Vec::new(),
                 last: true,
                 state_hash: state_hash.to_vec(),
+                journal_hash,
             }),
-            Err(Error::Compacted { upto }) => Err(Status::out_of_range(format!("the journal begins after {upto}"))),
-            Err(error) => Err(Status::internal(error.to_string())),
+            Err(error) => {
+                let code = match error {
+                    Error::Compacted { .. } => Code::OutOfRange,
+                    Error::Reset { .. } => Code::FailedPrecondition,
+                    Error::Elsewhere { .. } => Code::Unavailable,
+                    Error::Slow { .. } => Code::ResourceExhausted,
+                    _ => Code::Internal,
+                };
+                Err(Status::new(code, error.to_string()))
+            }
         });
         Ok(Response::new(Box::pin(frames)))
+    }
+
+    type JournalStream = Pin<Box<dyn Stream<Item = Result<wire::JournalPart, Status>> + Send>>;
+
+    async fn journal(&self, request: Request<wire::JournalRequest>) -> Result<Response<Self::JournalStream>, Status> {
+        Ok(Response::new(Box::pin(journal::serve(self.0.clone(), request.into_inner().upto_seq))))
     }
 
     async fn clock(&self, _request: Request<wire::ClockRequest>) -> Result<Response<wire::ClockReply>, Status> {

@@ -7,18 +7,18 @@ use openraft::raft::{
 };
 use selvedge_proto::peer as wire;
 use selvedge_proto::peer::raft_server;
-use selvedge_storage::log::Log;
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::acquaintance::Acquaintances;
 use crate::convert;
 use crate::listen::Caller;
 use crate::network::SNAPSHOT_IDLE_TIMEOUT;
-use crate::raft_types::{Raft, Snapshot, SnapshotMeta, TypeConfig};
-use crate::snapshot::{SnapshotData, SnapshotFile, Snapshots, blocking};
+use crate::raft_types::{Raft, Snapshot, SnapshotMeta, TypeConfig, Vote};
+use crate::snapshot::{SnapshotData, SnapshotFile, Snapshots};
 
 pub(crate) struct RaftService {
     pub(crate) raft: Raft,
-    pub(crate) log: Log,
+    pub(crate) acquaintances: Acquaintances,
     pub(crate) snapshots: Snapshots,
 }
 
@@ -32,7 +32,7 @@ fn stopped(error: impl std::fmt::Display) -> Status {
 
 impl RaftService {
     /// A caller speaks for itself only: the vote in its message is its own.
-    fn vote_of(&self, caller: &Caller, vote: Option<&wire::Vote>) -> Result<crate::raft_types::Vote, Status> {
+    fn vote_of(&self, caller: &Caller, vote: Option<&wire::Vote>) -> Result<Vote, Status> {
         let vote = convert::vote_back(vote).map_err(bad)?;
         if vote.leader_id.node_id == caller.node {
             Ok(vote)
@@ -41,19 +41,40 @@ impl RaftService {
         }
     }
 
-    fn vote_request(&self, request: Request<wire::VoteRequest>) -> Result<VoteRequest<TypeConfig>, Status> {
-        if self.log.suspect().is_some() {
-            return Err(Status::unavailable(
-                "this broker lost the end of its log and does not vote until it has caught up",
-            ));
+    /// The caller, which has met this process.
+    fn known<T>(&self, request: &Request<T>) -> Result<Caller, Status> {
+        let caller = Caller::of(request)?;
+        if self.acquaintances.has_met(caller.node) {
+            Ok(caller)
+        } else {
+            Err(Status::failed_precondition("these two have not met"))
         }
-        let caller = Caller::of(&request)?;
+    }
+
+    fn vote_request(&self, request: Request<wire::VoteRequest>) -> Result<VoteRequest<TypeConfig>, Status> {
+        let caller = self.known(&request)?;
         let request = request.into_inner();
+        self.acquaintances.judge_candidate(&self.raft, request.last.as_ref())?;
         let vote = self.vote_of(&caller, request.vote.as_ref())?;
         let mut rpc = VoteRequest::new(vote, request.last.as_ref().map(convert::log_id_back));
         rpc.leadership_transfer = request.leadership_transfer;
         Ok(rpc)
     }
+}
+
+/// A leader has nothing of a later term than its own.
+fn not_beyond(vote: &Vote, id: Option<&wire::LogId>) -> Result<(), Status> {
+    match id {
+        Some(id) if id.term > vote.leader_id.term => {
+            Err(Status::invalid_argument("an entry of a later term than the vote of its sender"))
+        }
+        _ => Ok(()),
+    }
+}
+
+async fn next_chunk(chunks: &mut Streaming<wire::SnapshotChunk>) -> Result<Option<wire::SnapshotChunk>, Status> {
+    let next = tokio::time::timeout(SNAPSHOT_IDLE_TIMEOUT, chunks.message()).await;
+    next.map_err(|_| Status::deadline_exceeded("the snapshot does not move"))?
 }
 
 fn vote_reply(reply: &VoteResponse<TypeConfig>) -> Response<wire::VoteReply> {
@@ -66,11 +87,26 @@ fn vote_reply(reply: &VoteResponse<TypeConfig>) -> Response<wire::VoteReply> {
 
 #[tonic::async_trait]
 impl raft_server::Raft for RaftService {
-    async fn append(&self, request: Request<wire::AppendRequest>) -> Result<Response<wire::AppendReply>, Status> {
+    async fn greet(&self, request: Request<wire::GreetRequest>) -> Result<Response<wire::GreetReply>, Status> {
         let caller = Caller::of(&request)?;
         let request = request.into_inner();
+        if request.own.as_ref().is_some_and(|own| own.suspect) {
+            // What it lost is sent to it again, if this broker leads.
+            let allowed = self.raft.trigger().allow_next_revert(&caller.node, true).await;
+            tracing::debug!(node = caller.node, ?allowed, "met a broker that lost the end of its log");
+        }
+        self.acquaintances.greeted(caller.node, request).map(Response::new)
+    }
+
+    async fn append(&self, request: Request<wire::AppendRequest>) -> Result<Response<wire::AppendReply>, Status> {
+        let caller = self.known(&request)?;
+        let request = request.into_inner();
+        let vote = self.vote_of(&caller, request.vote.as_ref())?;
+        for id in request.entries.iter().map(|entry| entry.id.as_ref()).chain([request.prev.as_ref()]) {
+            not_beyond(&vote, id)?;
+        }
         let rpc = AppendEntriesRequest {
-            vote: self.vote_of(&caller, request.vote.as_ref())?,
+            vote,
             prev_log_id: request.prev.as_ref().map(convert::log_id_back),
             entries: request.entries.into_iter().map(convert::entry_back).collect::<Result<_, _>>().map_err(bad)?,
             leader_commit: request.leader_commit.as_ref().map(convert::log_id_back),
@@ -102,29 +138,29 @@ impl raft_server::Raft for RaftService {
         &self,
         request: Request<Streaming<wire::SnapshotChunk>>,
     ) -> Result<Response<wire::SnapshotReply>, Status> {
-        let caller = Caller::of(&request)?;
+        let caller = self.known(&request)?;
         let mut chunks = request.into_inner();
+        // What is judged by its head is refused before anything of it is kept.
+        let first = next_chunk(&mut chunks).await?.unwrap_or_default();
+        let head = first.head.ok_or_else(|| Status::invalid_argument("a snapshot without its head"))?;
+        let vote = self.vote_of(&caller, head.vote.as_ref())?;
+        not_beyond(&vote, head.last.as_ref())?;
         let path = self.snapshots.new_path();
         let mut file = std::fs::File::create(&path).map_err(|error| Status::internal(error.to_string()))?;
         let data = SnapshotData::File(std::sync::Arc::new(SnapshotFile::new(path)));
-        let mut head = None;
-        loop {
-            let next = tokio::time::timeout(SNAPSHOT_IDLE_TIMEOUT, chunks.message()).await;
-            let next = next.map_err(|_| Status::deadline_exceeded("the snapshot does not move"))?;
-            let Some(chunk) = next? else { break };
-            head = head.or(chunk.head);
-            file = blocking(move || file.write_all(&chunk.data).map(|()| file))
-                .await
-                .map_err(|error| Status::internal(error.to_string()))?;
+        let mut next = Some(first.data);
+        while let Some(bytes) = next {
+            let write = move || file.write_all(&bytes).map(|()| file);
+            let written = self.snapshots.blocking().run(write).await;
+            file = written.map_err(|error| Status::internal(error.to_string()))?;
+            next = next_chunk(&mut chunks).await?.map(|chunk| chunk.data);
         }
-        let head = head.ok_or_else(|| Status::invalid_argument("a snapshot without its head"))?;
-        let vote = self.vote_of(&caller, head.vote.as_ref())?;
         let meta = SnapshotMeta {
             last_log_id: head.last.as_ref().map(convert::log_id_back),
             last_membership: convert::stored_membership_back(head.membership.as_ref()).map_err(bad)?,
         };
         let (checked, said) = (data.clone(), meta.clone());
-        blocking(move || checked.verify(&said)).await.map_err(bad)?;
+        self.snapshots.blocking().run(move || checked.verify(&said)).await.map_err(bad)?;
         let reply = self.raft.install_full_snapshot(vote, Snapshot { meta, snapshot: data }).await.map_err(stopped)?;
         Ok(Response::new(wire::SnapshotReply { vote: Some(convert::vote(&reply.vote)) }))
     }
@@ -133,7 +169,7 @@ impl raft_server::Raft for RaftService {
         &self,
         request: Request<wire::TransferRequest>,
     ) -> Result<Response<wire::TransferReply>, Status> {
-        let caller = Caller::of(&request)?;
+        let caller = self.known(&request)?;
         let request = request.into_inner();
         let from = self.vote_of(&caller, request.from.as_ref())?;
         let rpc = TransferLeaderRequest::new(from, request.to, request.last.as_ref().map(convert::log_id_back));

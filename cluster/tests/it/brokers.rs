@@ -21,6 +21,7 @@ use selvedge_domain::{Actor, Asker, Body, Credential, Envelope, Id, State};
 use selvedge_proto::identity::{Anchors, Role};
 use selvedge_proto::tls::{self, Identity, NotBefore};
 use selvedge_storage::DataDir;
+use selvedge_storage::engine::Engine;
 use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
@@ -35,7 +36,7 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 /// Signs certificates of brokers.
 pub struct Authority {
     pub anchors: Arc<Anchors>,
-    issuer: Issuer<'static, KeyPair>,
+    issuers: Vec<Issuer<'static, KeyPair>>,
 }
 
 impl Authority {
@@ -52,18 +53,22 @@ impl Authority {
             issuers.push(Issuer::new(params, key));
         }
         let anchors = Anchors::new(cluster_id, TRUST_DOMAIN, certificates.try_into().unwrap()).unwrap();
-        let broker = Role::ALL.iter().position(|role| *role == Role::Brokers).unwrap();
-        Self { anchors: Arc::new(anchors), issuer: issuers.swap_remove(broker) }
+        Self { anchors: Arc::new(anchors), issuers }
     }
 
     pub fn broker(&self, node: u64) -> Identity {
-        let uri = broker_id(TRUST_DOMAIN, node).unwrap().to_string();
+        self.certify(Role::Brokers, &broker_id(TRUST_DOMAIN, node).unwrap().to_string())
+    }
+
+    /// A certificate of one intermediate, that says any id.
+    pub fn certify(&self, role: Role, uri: &str) -> Identity {
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
-        params.subject_alt_names = vec![SanType::URI(uri.as_str().try_into().unwrap())];
+        params.subject_alt_names = vec![SanType::URI(uri.try_into().unwrap())];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         let key = KeyPair::generate().unwrap();
-        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        let certificate =
+            params.signed_by(&key, &self.issuers[Role::ALL.iter().position(|at| *at == role).unwrap()]).unwrap();
         let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
         Identity::new(vec![certificate.der().clone()], key).unwrap()
     }
@@ -111,12 +116,35 @@ impl Setup {
 
     /// Starts on a directory, claiming to be the node that the directory says unless `certificate` is another's.
     pub async fn start_at(&self, dir: TempDir, listener: TcpListener, certificate: Option<u64>) -> Broker {
-        let data = open(dir.path()).await;
+        let address = listener.local_addr().unwrap().to_string();
+        let options = self.options(dir.path(), listener, certificate).await;
+        let node = options.dir.node_id();
+        let cluster = Cluster::start(options).await.unwrap();
+        Broker { cluster, address, node, dir }
+    }
+
+    /// Starts on engines that the caller keeps hold of.
+    pub async fn start_on(
+        &self,
+        dir: TempDir,
+        listener: TcpListener,
+        log: Arc<dyn Engine>,
+        state: Arc<dyn Engine>,
+    ) -> Broker {
+        let address = listener.local_addr().unwrap().to_string();
+        let options = self.options(dir.path(), listener, None).await;
+        let node = options.dir.node_id();
+        let cluster = Cluster::start_on(options, log, state).await.unwrap();
+        Broker { cluster, address, node, dir }
+    }
+
+    /// What a broker on a directory is started with.
+    pub async fn options(&self, dir: &Path, listener: TcpListener, certificate: Option<u64>) -> Options {
+        let data = open(dir).await;
         let node = data.node_id();
         let identity = self.authority.broker(certificate.unwrap_or(node));
         let (anchors, time) = (&self.authority.anchors, tls::system_time());
-        let address = listener.local_addr().unwrap().to_string();
-        let options = Options {
+        Options {
             dir: data,
             cluster_id: self.cluster_id,
             preset: Preset::Test,
@@ -134,9 +162,7 @@ impl Setup {
             services: None,
             log_limits: self.log_limits,
             runtime: None,
-        };
-        let cluster = Cluster::start(options).await.unwrap();
-        Broker { cluster, address, node, dir }
+        }
     }
 
     /// The first broker of a new cluster.
@@ -151,14 +177,20 @@ impl Setup {
     pub async fn voters(&self, count: usize) -> Vec<Broker> {
         let mut brokers = vec![self.first().await];
         while brokers.len() < count {
-            let next = self.start(TempDir::new().unwrap()).await;
-            let first = &brokers[0];
-            next.cluster.join(std::slice::from_ref(&first.address), &next.address).await.unwrap();
-            next.register().await;
-            first.cluster.promote(next.node).await.unwrap();
-            brokers.push(next);
+            self.add_voter(&mut brokers).await;
         }
         brokers
+    }
+
+    /// One voter more.
+    pub async fn add_voter(&self, brokers: &mut Vec<Broker>) {
+        let next = self.start(TempDir::new().unwrap()).await;
+        let first = &brokers[0];
+        first.enrol(&next).await;
+        next.cluster.join(std::slice::from_ref(&first.address), &next.address).await.unwrap();
+        next.register().await;
+        first.cluster.promote(next.node).await.unwrap();
+        brokers.push(next);
     }
 }
 
@@ -193,7 +225,17 @@ impl Broker {
     /// Writes where this broker listens into the registry.
     pub async fn register(&self) {
         until("it has the cluster's state", || self.cluster.state().cluster().is_some()).await;
-        let put = PutBroker {
+        self.enrol(self).await;
+    }
+
+    /// Writes another one into the registry, as its enrolment does before it joins.
+    pub async fn enrol(&self, other: &Broker) {
+        self.cluster.propose(self.owner(), Body::PutBroker(other.description()), None).await.unwrap();
+    }
+
+    /// What it says of itself.
+    pub fn description(&self) -> PutBroker {
+        PutBroker {
             node: self.node,
             name: format!("broker-{}", self.node),
             region: "here".to_owned(),
@@ -202,8 +244,13 @@ impl Broker {
             web: String::new(),
             peer: self.address.clone(),
             roles: vec![1, 2, 3, 4],
-        };
-        self.cluster.propose(self.owner(), Body::PutBroker(put), None).await.unwrap();
+        }
+    }
+
+    /// Removes a broker for ever, as an administrator does.
+    pub async fn remove(&self, node: u64) {
+        self.cluster.propose(self.owner(), Body::RemoveBroker { node }, None).await.unwrap();
+        self.cluster.remove(node).await.unwrap();
     }
 
     /// Makes a token, as the first owner.
@@ -213,9 +260,7 @@ impl Broker {
     }
 
     pub fn owner(&self) -> Asker {
-        let state = self.cluster.state();
-        let owner = state.find::<selvedge_domain::rows::Token>(selvedge_domain::state::IndexKey::name("owner"));
-        Asker::holder(Actor::token(owner.expect("the cluster is initialised").id(), 1), Credential::new(OWNER))
+        owner_of(&self.cluster.state()).expect("the cluster is initialised")
     }
 
     pub fn has_token(&self, name: &str) -> bool {
@@ -232,7 +277,7 @@ impl Broker {
     }
 }
 
-async fn bind(address: &str) -> TcpListener {
+pub async fn bind(address: &str) -> TcpListener {
     let begun = Instant::now();
     loop {
         match TcpListener::bind(address) {
@@ -246,6 +291,12 @@ async fn bind(address: &str) -> TcpListener {
 pub fn token(name: &str) -> Body {
     let secret_sha256 = Sha256::digest(name.as_bytes()).into();
     Body::CreateToken { name: name.to_owned(), role: 1, secret_sha256 }
+}
+
+/// The first owner, once there is one.
+pub fn owner_of(state: &State) -> Option<Asker> {
+    let owner = state.find::<selvedge_domain::rows::Token>(selvedge_domain::state::IndexKey::name("owner"))?;
+    Some(Asker::holder(Actor::token(owner.id(), 1), Credential::new(OWNER)))
 }
 
 pub fn has_token(state: &State, name: &str) -> bool {

@@ -1,42 +1,51 @@
 //! What an engine writes at once.
 
+use std::ops::Range;
+
 use super::{END, Space};
 
 /// One change of a batch.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Op {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Op<'a> {
     /// Sets a key.
     Put {
         /// Where.
         space: Space,
         /// The key.
-        key: Vec<u8>,
+        key: &'a [u8],
         /// The value.
-        value: Vec<u8>,
+        value: &'a [u8],
     },
     /// Removes a key.
     Delete {
         /// Where.
         space: Space,
         /// The key.
-        key: Vec<u8>,
+        key: &'a [u8],
     },
     /// Removes the keys from `from` (included) to `to` (excluded).
     DeleteRange {
         /// Where.
         space: Space,
         /// First key that goes.
-        from: Vec<u8>,
+        from: &'a [u8],
         /// First key that stays.
-        to: Vec<u8>,
+        to: &'a [u8],
     },
 }
 
-/// Changes that are applied in order and all together.
+/// Changes that are applied in order and all together. Their bytes lie in one piece, since most are small and many.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct WriteBatch {
-    ops: Vec<Op>,
-    size_bytes: usize,
+    ops: Vec<(Kind, Space, Range<usize>, Range<usize>)>,
+    bytes: Vec<u8>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Put,
+    Delete,
+    DeleteRange,
 }
 
 impl WriteBatch {
@@ -46,29 +55,23 @@ impl WriteBatch {
     }
 
     /// Sets a key.
-    pub fn put(&mut self, space: Space, key: impl Into<Vec<u8>>, value: impl Into<Vec<u8>>) {
-        let (key, value) = (key.into(), value.into());
-        self.size_bytes += key.len() + value.len();
-        self.ops.push(Op::Put { space, key, value });
+    pub fn put(&mut self, space: Space, key: impl AsRef<[u8]>, value: impl AsRef<[u8]>) {
+        self.push(Kind::Put, space, key.as_ref(), value.as_ref());
     }
 
     /// Removes a key.
-    pub fn delete(&mut self, space: Space, key: impl Into<Vec<u8>>) {
-        let key = key.into();
-        self.size_bytes += key.len();
-        self.ops.push(Op::Delete { space, key });
+    pub fn delete(&mut self, space: Space, key: impl AsRef<[u8]>) {
+        self.push(Kind::Delete, space, key.as_ref(), &[]);
     }
 
     /// Removes the keys from `from` (included) to `to` (excluded).
-    pub fn delete_range(&mut self, space: Space, from: impl Into<Vec<u8>>, to: impl Into<Vec<u8>>) {
-        let (from, to) = (from.into(), to.into());
-        self.size_bytes += from.len() + to.len();
-        self.ops.push(Op::DeleteRange { space, from, to });
+    pub fn delete_range(&mut self, space: Space, from: impl AsRef<[u8]>, to: impl AsRef<[u8]>) {
+        self.push(Kind::DeleteRange, space, from.as_ref(), to.as_ref());
     }
 
     /// Removes all keys of a space.
     pub fn clear(&mut self, space: Space) {
-        self.delete_range(space, Vec::new(), END);
+        self.delete_range(space, [], END);
     }
 
     /// Whether there is nothing to do.
@@ -78,11 +81,26 @@ impl WriteBatch {
 
     /// Bytes of keys and values.
     pub fn size_bytes(&self) -> usize {
-        self.size_bytes
+        self.bytes.len()
     }
 
     /// The changes in order.
-    pub fn ops(&self) -> &[Op] {
-        &self.ops
+    pub fn ops(&self) -> impl Iterator<Item = Op<'_>> {
+        self.ops.iter().map(|(kind, space, first, second)| {
+            let (space, first, second) = (*space, &self.bytes[first.clone()], &self.bytes[second.clone()]);
+            match kind {
+                Kind::Put => Op::Put { space, key: first, value: second },
+                Kind::Delete => Op::Delete { space, key: first },
+                Kind::DeleteRange => Op::DeleteRange { space, from: first, to: second },
+            }
+        })
+    }
+
+    fn push(&mut self, kind: Kind, space: Space, first: &[u8], second: &[u8]) {
+        let begin = self.bytes.len();
+        self.bytes.extend_from_slice(first);
+        let middle = self.bytes.len();
+        self.bytes.extend_from_slice(second);
+        self.ops.push((kind, space, begin..middle, middle..self.bytes.len()));
     }
 }

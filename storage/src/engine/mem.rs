@@ -354,13 +354,13 @@ fn apply(tables: &mut Tables, batch: &WriteBatch) {
     for op in batch.ops() {
         match op {
             Op::Put { space, key, value } => {
-                tables.entry(*space).or_default().insert(key.clone(), value.clone());
+                tables.entry(space).or_default().insert(key.to_vec(), value.to_vec());
             }
             Op::Delete { space, key } => {
-                tables.entry(*space).or_default().remove(key);
+                tables.entry(space).or_default().remove(key);
             }
             Op::DeleteRange { space, from, to } => {
-                tables.entry(*space).or_default().retain(|key, _| key < from || key >= to);
+                tables.entry(space).or_default().retain(|key, _| key.as_slice() < from || key.as_slice() >= to);
             }
         }
     }

@@ -99,9 +99,9 @@ impl Engine for Rocks {
         let mut native = rocksdb::WriteBatch::default();
         for op in batch.ops() {
             match op {
-                Op::Put { space, key, value } => native.put_cf(self.family(*space)?, key, value),
-                Op::Delete { space, key } => native.delete_cf(self.family(*space)?, key),
-                Op::DeleteRange { space, from, to } => native.delete_range_cf(self.family(*space)?, from, to),
+                Op::Put { space, key, value } => native.put_cf(self.family(space)?, key, value),
+                Op::Delete { space, key } => native.delete_cf(self.family(space)?, key),
+                Op::DeleteRange { space, from, to } => native.delete_range_cf(self.family(space)?, from, to),
             }
         }
         let mut options = WriteOptions::default();

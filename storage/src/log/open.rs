@@ -55,7 +55,7 @@ pub(super) fn recover(engine: &dyn Engine) -> Result<Found, Error> {
     let (mut found, bad) = look(engine)?;
     if let Some(bad) = bad {
         let end = found.suspect.map_or(bad.last, |end| end.max(bad.last));
-        tracing::warn!(index = bad.first, why = bad.why, "dropped the damaged end of the log");
+        tracing::warn!(code = "SE0118", index = bad.first, why = bad.why, "dropped the damaged end of the log");
         let mut batch = WriteBatch::new();
         batch.delete_range(Space::Log, codec::key(bad.first), END);
         batch.put(Space::LogMeta, SUSPECT, codec::encode_meta(end));

@@ -39,6 +39,8 @@ const INSTALL_BATCH_BYTES: usize = 4 << 20;
 const META: &[u8] = b"meta";
 const SIDE: &[u8] = b"side";
 const COMPACTED: &[u8] = b"compacted";
+/// Before a sequence number: the journal's hash after that row.
+const MARK: &[u8] = b"mark";
 
 /// What the journal holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -98,12 +100,12 @@ impl StateStore {
             }
             let key = row_key(row.table, &row.key);
             match &row.value {
-                Some(value) => batch.put(*side, key, value.to_vec()),
+                Some(value) => batch.put(*side, key, value),
                 None => batch.delete(*side, key),
             }
         }
         for row in journal {
-            batch.put(Space::Journal, row.seq.to_be_bytes(), row.bytes.to_vec());
+            batch.put(Space::Journal, row.seq.to_be_bytes(), &row.bytes);
         }
         batch.put(Space::StateMeta, META, meta);
         self.put(batch, sync)?;
@@ -156,6 +158,48 @@ impl StateStore {
         bounds(&*self.engine)
     }
 
+    /// Remembers the journal's hash after some rows.
+    pub fn mark_journal(&self, marks: &[(u64, [u8; 32])]) -> Result<(), Error> {
+        if marks.is_empty() {
+            return Ok(());
+        }
+        let mut batch = WriteBatch::new();
+        for (seq, hash) in marks {
+            batch.put(Space::StateMeta, mark_key(*seq), hash.to_vec());
+        }
+        self.put(batch, false)
+    }
+
+    /// The hash that was remembered for a row.
+    pub fn journal_mark(&self, seq: u64) -> Result<Option<Vec<u8>>, Error> {
+        self.engine.read(Space::StateMeta, &mark_key(seq))
+    }
+
+    /// Puts rows in front of the journal; nobody sees them before [`StateStore::lower_journal`].
+    pub fn put_before_journal(&self, rows: &[JournalRow]) -> Result<(), Error> {
+        let _side = self.side.lock();
+        let begin = compacted(&*self.engine)?;
+        let mut batch = WriteBatch::new();
+        for row in rows.iter().filter(|row| row.seq <= begin) {
+            batch.put(Space::Journal, row.seq.to_be_bytes(), &row.bytes);
+        }
+        self.put(batch, false)
+    }
+
+    /// Lets a journal that begins behind `from_seq` begin behind `to_seq`, with the hash there: the rows between were
+    /// put there and are what they should be. False when it begins elsewhere by now.
+    pub fn lower_journal(&self, from_seq: u64, to_seq: u64, hash: &[u8]) -> Result<bool, Error> {
+        let _side = self.side.lock();
+        if compacted(&*self.engine)? != from_seq || to_seq > from_seq {
+            return Ok(false);
+        }
+        let mut batch = WriteBatch::new();
+        batch.put(Space::StateMeta, COMPACTED, to_seq.to_be_bytes());
+        batch.put(Space::StateMeta, mark_key(to_seq), hash.to_vec());
+        self.put(batch, false)?;
+        Ok(true)
+    }
+
     /// Removes journal rows up to `upto_seq`, included.
     pub fn compact_journal(&self, upto_seq: u64) -> Result<(), Error> {
         let _side = self.side.lock();
@@ -165,6 +209,7 @@ impl StateStore {
         let mut batch = WriteBatch::new();
         batch.put(Space::StateMeta, COMPACTED, upto_seq.to_be_bytes());
         batch.delete_range(Space::Journal, 0u64.to_be_bytes(), (upto_seq.saturating_add(1)).to_be_bytes());
+        batch.delete_range(Space::StateMeta, mark_key(0), mark_key(upto_seq));
         self.put(batch, false)
     }
 
@@ -270,6 +315,10 @@ fn row_key(table: u8, key: &[u8]) -> Vec<u8> {
     row_key
 }
 
+fn mark_key(seq: u64) -> Vec<u8> {
+    [MARK, &seq.to_be_bytes()].concat()
+}
+
 fn other(side: Space) -> Space {
     if side == Space::StateA { Space::StateB } else { Space::StateA }
 }
@@ -302,5 +351,6 @@ fn compacted(view: &dyn View) -> Result<u64, Error> {
 fn bounds(view: &dyn View) -> Result<JournalBounds, Error> {
     let compacted = compacted(view)?;
     let last = view.last(Space::Journal)?.and_then(|(key, _)| key.as_slice().try_into().ok().map(u64::from_be_bytes));
-    Ok(JournalBounds { compacted, last: last.unwrap_or(compacted) })
+    // Rows that were put before the journal do not count yet.
+    Ok(JournalBounds { compacted, last: last.unwrap_or(compacted).max(compacted) })
 }

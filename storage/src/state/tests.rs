@@ -265,3 +265,28 @@ proptest! {
         prop_assert_eq!(&load(&target).0, &model);
     }
 }
+
+#[test]
+fn rows_put_before_the_journal_are_seen_when_it_is_lowered_and_only_then() {
+    let (disk, other) = (Disk::new(), Disk::new());
+    let (source, target) = (open(&disk), open(&other));
+    source.write(&[], &(1..=4).map(event).collect::<Vec<_>>(), b"meta", false).expect("writes");
+    let mut snapshot = Vec::new();
+    source.export(&mut snapshot).expect("exports");
+    target.install(&snapshot[..]).expect("installs");
+    let installed = JournalBounds { compacted: 4, last: 4 };
+    assert_eq!(target.journal_bounds().expect("reads"), installed);
+
+    target.put_before_journal(&[event(2), event(3), event(4), event(5)]).expect("writes");
+    assert_eq!(target.journal_bounds().expect("reads"), installed, "not yet, and never the row behind it");
+    assert!(matches!(target.journal(3, usize::MAX), Err(Error::Compacted { upto: 4 })));
+    assert!(!target.lower_journal(3, 1, b"hash").expect("reads"), "it does not begin there");
+    assert!(target.lower_journal(4, 1, b"hash").expect("writes"));
+    assert_eq!(target.journal_mark(1).expect("reads"), Some(b"hash".to_vec()));
+    assert_eq!(target.journal(2, usize::MAX).expect("reads"), [event(2), event(3), event(4)]);
+
+    target.mark_journal(&[(3, [3; 32]), (4, [4; 32])]).expect("writes");
+    target.compact_journal(3).expect("compacts");
+    let marks = [1, 3, 4].map(|seq| target.journal_mark(seq).expect("reads").is_some());
+    assert_eq!(marks, [false, true, true], "the one at its beginning stays");
+}

@@ -1,0 +1,351 @@
+//! What brokers remember of each other, and what follows from it.
+//!
+//! A broker that lost its disk, or was given back an old copy of it, has forgotten votes and entries that it answered
+//! for. If it took part again, a write that was acknowledged could be lost. So two brokers greet each other before any
+//! call of Raft: each says where it stands and what it remembers of the other, and who stands behind that must stop.
+//!
+//! **Invariant:** remembered is only what cannot be undone: votes that a broker granted to this one, and committed
+//! entries that it said it holds.
+//! **Invariant:** a broker neither votes nor stands before a majority of the voters has met it in this process.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use futures::future::join_all;
+use openraft::async_runtime::WatchReceiver as _;
+use parking_lot::Mutex;
+use prost::Message as _;
+use selvedge_proto::peer as wire;
+use selvedge_proto::peer::raft_client::RaftClient;
+use selvedge_storage::log::Log;
+use tokio::sync::watch;
+use tonic::{Request, Status};
+
+use crate::clock::Clock;
+use crate::convert;
+use crate::core::Core;
+use crate::dial::Purpose;
+use crate::error::Fatal;
+use crate::metrics::PEER_REFUSED_TOTAL;
+use crate::raft_types::{LogId, Membership, Raft, Vote};
+
+/// Between two greetings of a broker that may not vote yet.
+const IMPATIENT_INTERVAL: Duration = Duration::from_millis(100);
+/// And of one that may.
+const INTERVAL: Duration = Duration::from_secs(1);
+/// A greeting that is not answered for so long is given up.
+pub(crate) const GREET_TIMEOUT: Duration = Duration::from_secs(1);
+/// Who was met longer ago does not count as present.
+const PRESENT_MS: u64 = 3_000;
+
+/// The brokers that this one knows. Clones share it.
+#[derive(Clone)]
+pub(crate) struct Acquaintances {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    own: u64,
+    log: Log,
+    clock: Arc<dyn Clock>,
+    fatal: watch::Sender<Option<Fatal>>,
+    peers: Mutex<Peers>,
+    /// A majority of the voters has met this process.
+    welcome: AtomicBool,
+}
+
+#[derive(Default)]
+struct Peers {
+    nodes: BTreeMap<u64, Peer>,
+    /// Whether something is remembered that was not noted yet.
+    changed: bool,
+}
+
+#[derive(Default)]
+struct Peer {
+    memory: wire::Memory,
+    met: Option<Met>,
+}
+
+/// That each has heard where the other stands, and neither knew better.
+struct Met {
+    standing: wire::Standing,
+    at_ms: u64,
+}
+
+impl Acquaintances {
+    /// Remembers what was noted before.
+    pub(crate) fn new(own: u64, log: Log, clock: Arc<dyn Clock>, fatal: watch::Sender<Option<Fatal>>) -> Self {
+        let noted = log.note().and_then(|note| wire::Memories::decode(&*note).ok()).unwrap_or_default();
+        let nodes = noted.nodes.into_iter().map(|noted| {
+            let peer = Peer { memory: noted.memory.unwrap_or_default(), met: None };
+            (noted.node, peer)
+        });
+        let peers = Peers { nodes: nodes.collect(), changed: false };
+        Self {
+            inner: Arc::new(Inner {
+                own,
+                log,
+                clock,
+                fatal,
+                peers: Mutex::new(peers),
+                welcome: AtomicBool::new(false),
+            }),
+        }
+    }
+
+    /// Where this broker stands.
+    fn standing(&self) -> wire::Standing {
+        let log = &self.inner.log;
+        wire::Standing {
+            vote: log.vote().map(|vote| convert::vote(&convert::stored_vote_back(&vote))),
+            last: log.bounds().last.map(|last| convert::log_id(&convert::stored_log_id_back(&last))),
+            suspect: log.suspect().is_some(),
+        }
+    }
+
+    /// What is said to a broker that is met.
+    pub(crate) fn greeting(&self, to: u64) -> wire::GreetRequest {
+        wire::GreetRequest { own: Some(self.standing()), of_you: Some(self.memory(to)) }
+    }
+
+    /// Takes a greeting, and answers it.
+    ///
+    /// **Errors**: when this broker is the one that has forgotten; it stops then.
+    pub(crate) fn greeted(&self, by: u64, request: wire::GreetRequest) -> Result<wire::GreetReply, Status> {
+        self.meet(by, request.own.unwrap_or_default(), &request.of_you.unwrap_or_default())?;
+        Ok(wire::GreetReply { own: Some(self.standing()), of_you: Some(self.memory(by)) })
+    }
+
+    /// Takes the answer to a greeting.
+    ///
+    /// **Errors**: when one of both has forgotten; this broker stops if it is the one.
+    pub(crate) fn answered(&self, by: u64, reply: wire::GreetReply) -> Result<(), Status> {
+        self.meet(by, reply.own.unwrap_or_default(), &reply.of_you.unwrap_or_default())?;
+        if self.has_met(by) { Ok(()) } else { Err(Status::unavailable(format!("broker `{by}` has forgotten"))) }
+    }
+
+    fn meet(&self, peer: u64, standing: wire::Standing, of_us: &wire::Memory) -> Result<(), Status> {
+        if let Some(why) = behind(&self.standing(), of_us) {
+            let fatal = Fatal::Forgot { peer, why };
+            let refused = Status::failed_precondition(format!("{}: {fatal}", fatal.code()));
+            fatal.report(&self.inner.fatal);
+            return Err(refused);
+        }
+        let mut peers = self.inner.peers.lock();
+        let known = peers.nodes.entry(peer).or_default();
+        match behind(&standing, &known.memory) {
+            None => known.met = Some(Met { standing, at_ms: self.inner.clock.boottime_ms() }),
+            Some(why) => {
+                known.met = None;
+                ::metrics::counter!(PEER_REFUSED_TOTAL, "reason" => "forgot").increment(1);
+                tracing::error!(
+                    code = "SE0113",
+                    peer,
+                    why,
+                    "this broker has forgotten what it answered for; it is not talked to"
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn memory(&self, of: u64) -> wire::Memory {
+        self.inner.peers.lock().nodes.get(&of).map(|peer| peer.memory).unwrap_or_default()
+    }
+
+    /// Whether Raft may talk with a broker.
+    pub(crate) fn has_met(&self, node: u64) -> bool {
+        self.inner.peers.lock().nodes.get(&node).is_some_and(|peer| peer.met.is_some())
+    }
+
+    /// A broker has started again, or says so: it must be met anew.
+    pub(crate) fn part(&self, node: u64) {
+        if let Some(peer) = self.inner.peers.lock().nodes.get_mut(&node) {
+            peer.met = None;
+        }
+    }
+
+    /// Remembers that a broker granted a vote.
+    pub(crate) fn granted(&self, node: u64, vote: &Vote) {
+        let granted = convert::vote(vote);
+        self.remember(node, |memory| {
+            let newer = memory.vote.is_none_or(|known| ballot(&known) < ballot(&granted));
+            newer.then(|| memory.vote = Some(granted)).is_some()
+        });
+    }
+
+    /// Remembers that a broker holds the log up to `held`, of which what is committed stays.
+    pub(crate) fn holds(&self, node: u64, held: Option<LogId>, committed: Option<LogId>) {
+        let (Some(held), Some(committed)) = (held, committed) else { return };
+        let acked = convert::log_id(if held.index <= committed.index { &held } else { &committed });
+        self.remember(node, |memory| {
+            let newer = memory.acked.is_none_or(|known| known.index < acked.index);
+            newer.then(|| memory.acked = Some(acked)).is_some()
+        });
+    }
+
+    fn remember(&self, node: u64, change: impl FnOnce(&mut wire::Memory) -> bool) {
+        let mut peers = self.inner.peers.lock();
+        let changed = change(&mut peers.nodes.entry(node).or_default().memory);
+        peers.changed |= changed;
+    }
+
+    /// Keeps what is remembered of members with the log.
+    fn note(&self, members: &[u64]) {
+        let mut peers = self.inner.peers.lock();
+        if !std::mem::take(&mut peers.changed) {
+            return;
+        }
+        peers.nodes.retain(|node, _| members.contains(node));
+        let nodes = peers.nodes.iter();
+        let nodes = nodes.map(|(node, peer)| wire::Remembered { node: *node, memory: Some(peer.memory) }).collect();
+        self.inner.log.save_note(wire::Memories { nodes }.encode_to_vec());
+    }
+
+    /// Whether a majority of the voters has met this process.
+    fn is_welcome(&self, membership: &Membership) -> bool {
+        if self.inner.welcome.load(Ordering::Acquire) {
+            return true;
+        }
+        let peers = self.inner.peers.lock();
+        let met = |node: &u64| *node == self.inner.own || peers.nodes.get(node).is_some_and(|peer| peer.met.is_some());
+        let configs = membership.get_joint_config();
+        let majority = |voters: &BTreeSet<u64>| voters.iter().filter(|node| met(node)).count() * 2 > voters.len();
+        let welcome = !configs.is_empty() && configs.iter().all(majority);
+        self.inner.welcome.fetch_or(welcome, Ordering::AcqRel);
+        welcome
+    }
+
+    /// The end of the longest log among all voters, if all of them are present.
+    fn longest_present(&self, membership: &Membership) -> Option<(u64, u64)> {
+        let now_ms = self.inner.clock.boottime_ms();
+        let mut longest = end(&self.standing());
+        let peers = self.inner.peers.lock();
+        for node in membership.voter_ids().filter(|node| *node != self.inner.own) {
+            let met = peers.nodes.get(&node)?.met.as_ref()?;
+            if now_ms > met.at_ms + PRESENT_MS {
+                return None;
+            }
+            longest = longest.max(end(&met.standing));
+        }
+        Some(longest)
+    }
+
+    /// Whether this broker may stand in an election.
+    fn may_stand(&self, membership: &Membership) -> bool {
+        self.is_welcome(membership) && self.may_follow(membership, end(&self.standing()))
+    }
+
+    /// Whether this broker may vote for one whose log ends so.
+    ///
+    /// One that lost the end of its log may have acknowledged what is gone. Whoever holds it has the longest log, so
+    /// when all voters are present, and only then, it votes, and only for that one.
+    fn may_follow(&self, membership: &Membership, candidate: (u64, u64)) -> bool {
+        self.inner.log.suspect().is_none()
+            || self.longest_present(membership).is_some_and(|longest| candidate >= longest)
+    }
+
+    /// Whether this broker may vote for a candidate.
+    ///
+    /// **Errors**: why not.
+    pub(crate) fn judge_candidate(&self, raft: &Raft, last: Option<&wire::LogId>) -> Result<(), Status> {
+        let membership = membership(raft);
+        if !self.is_welcome(&membership) {
+            return Err(Status::unavailable("this broker does not vote before it has met a majority of the voters"));
+        }
+        if !self.may_follow(&membership, last.map_or((0, 0), |last| (last.term, last.index))) {
+            return Err(Status::unavailable(
+                "this broker lost the end of its log: it votes when it has caught up, or all voters are present",
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn membership(raft: &Raft) -> Membership {
+    raft.server_metrics().borrow_watched().membership_config.membership().clone()
+}
+
+/// Order of logs: whose last entry is of a later term, or of the same and longer.
+fn end(standing: &wire::Standing) -> (u64, u64) {
+    standing.last.as_ref().map_or((0, 0), |last| (last.term, last.index))
+}
+
+fn ballot(vote: &wire::Vote) -> (u64, u64) {
+    (vote.term, vote.node)
+}
+
+/// What is remembered of a broker that it has forgotten.
+fn behind(standing: &wire::Standing, memory: &wire::Memory) -> Option<String> {
+    if let Some(granted) = &memory.vote
+        && standing.vote.as_ref().is_none_or(|vote| ballot(vote) < ballot(granted))
+    {
+        return Some(format!("it voted in term {}", granted.term));
+    }
+    let acked = memory.acked.as_ref()?;
+    let holds = standing.last.as_ref().is_some_and(|last| last.index >= acked.index && last.term >= acked.term);
+    // One that knows what it lost takes no part until that is mended.
+    (!holds && !standing.suspect).then(|| format!("it held entry {} of term {}", acked.index, acked.term))
+}
+
+/// Greets the voters, lets this broker stand once it may, and notes what it remembers.
+pub(crate) async fn keep(core: Arc<Core>) {
+    loop {
+        let acquaintances = &core.acquaintances;
+        let suspect = core.log.log().suspect().is_some();
+        let others = core.voters().into_iter().filter(|node| *node != core.node);
+        join_all(others.filter(|node| suspect || !acquaintances.has_met(*node)).map(|node| greet(&core, node))).await;
+        let stands = acquaintances.may_stand(&membership(&core.raft));
+        core.raft.runtime_config().elect(stands);
+        acquaintances.note(&core.members());
+        let interval = if stands { INTERVAL } else { IMPATIENT_INTERVAL };
+        if core.pause(interval).await.is_err() {
+            core.acquaintances.note(&core.members());
+            return;
+        }
+    }
+}
+
+async fn greet(core: &Core, node: u64) {
+    let mut client = RaftClient::new(core.dialer.channel(node, Purpose::Control));
+    let mut request = Request::new(core.acquaintances.greeting(node));
+    request.set_timeout(GREET_TIMEOUT);
+    match tokio::time::timeout(GREET_TIMEOUT, client.greet(request)).await {
+        // What it has to say about it, it has said.
+        Ok(Ok(reply)) => drop(core.acquaintances.answered(node, reply.into_inner())),
+        Ok(Err(status)) => tracing::debug!(node, %status, "a greeting was not answered"),
+        Err(_) => tracing::debug!(node, "a greeting was not answered in time"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn standing(term: u64, index: u64) -> wire::Standing {
+        let vote = Some(wire::Vote { term, node: 1, committed: false });
+        wire::Standing { vote, last: Some(wire::LogId { term, node: 1, index }), suspect: false }
+    }
+
+    fn memory(voted: u64, term: u64, index: u64) -> wire::Memory {
+        let vote = Some(wire::Vote { term: voted, node: 1, committed: false });
+        wire::Memory { vote, acked: Some(wire::LogId { term, node: 1, index }) }
+    }
+
+    #[test]
+    fn who_forgot_a_vote_or_a_committed_entry_is_behind_and_nobody_else() {
+        assert_eq!(behind(&wire::Standing::default(), &wire::Memory::default()), None, "strangers");
+        assert_eq!(behind(&standing(3, 9), &memory(3, 3, 9)), None);
+        assert_eq!(behind(&standing(4, 12), &memory(3, 3, 9)), None, "it went on since");
+        assert!(behind(&standing(3, 9), &memory(4, 3, 9)).is_some(), "a vote is gone");
+        assert!(behind(&standing(3, 8), &memory(3, 3, 9)).is_some(), "an entry is gone");
+        assert!(behind(&standing(3, 20), &memory(3, 4, 9)).is_some(), "its log is of an older term");
+        assert!(behind(&wire::Standing::default(), &memory(1, 1, 1)).is_some(), "everything is gone");
+        let suspect = wire::Standing { suspect: true, ..standing(3, 8) };
+        assert_eq!(behind(&suspect, &memory(3, 3, 9)), None, "it knows, and waits");
+        assert!(behind(&suspect, &memory(4, 3, 9)).is_some(), "votes are not in the end that was lost");
+    }
+}
