@@ -1,6 +1,7 @@
 //! The clocks of this machine, and cluster time.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// This machine's clocks, in milliseconds.
 pub trait Clock: Send + Sync + 'static {
@@ -29,6 +30,29 @@ impl Clock for SystemClock {
 
     fn boottime_ms(&self) -> u64 {
         read_ms(libc::CLOCK_BOOTTIME)
+    }
+}
+
+/// The clocks of the operating system, and what was added to both: the machine as it will be then.
+#[derive(Debug, Default)]
+pub struct ShiftedClock {
+    by_ms: AtomicU64,
+}
+
+impl ShiftedClock {
+    /// Lets so much time pass at once.
+    pub fn advance(&self, by_ms: u64) {
+        self.by_ms.fetch_add(by_ms, Ordering::SeqCst);
+    }
+}
+
+impl Clock for ShiftedClock {
+    fn wall_ms(&self) -> u64 {
+        SystemClock.wall_ms() + self.by_ms.load(Ordering::SeqCst)
+    }
+
+    fn boottime_ms(&self) -> u64 {
+        SystemClock.boottime_ms() + self.by_ms.load(Ordering::SeqCst)
     }
 }
 

@@ -1,17 +1,20 @@
 //! Who is a member, and who leads.
 
 use std::collections::BTreeSet;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use openraft::errors::{ClientWriteError, ForwardToLeader, RaftError};
 use openraft::{ChangeMembers, EmptyNode};
+use selvedge_domain::rows::{Broker, BrokerRole};
 use selvedge_proto::peer as wire;
 use selvedge_proto::peer::change_request::Change;
+use tokio::time::Instant;
 use tonic::Request;
 
 use crate::core::Core;
 use crate::dial::Purpose;
-use crate::error::Error;
+use crate::error::{Error, Fatal};
 use crate::raft_types::TypeConfig;
 
 /// A change of the membership is retried for so long.
@@ -22,6 +25,9 @@ pub const MEMBERS_MAX: usize = 30;
 const PROMOTE_LAG_ENTRIES_MAX: u64 = 1_000;
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
+const KEEP_INTERVAL: Duration = Duration::from_millis(500);
+const FAREWELL: Duration = Duration::from_millis(500);
+const REMOVED_GRACE: Duration = Duration::from_secs(2);
 
 /// What became of one attempt.
 pub(crate) enum Attempt {
@@ -35,7 +41,7 @@ pub(crate) enum Attempt {
 type WriteError = RaftError<TypeConfig, ClientWriteError<TypeConfig>>;
 
 /// Changes the membership, here or through the leader. Asking for what is so already changes nothing.
-pub(crate) async fn change(core: &Core, change: Change) -> Result<(), Error> {
+pub(crate) async fn change(core: &Arc<Core>, change: Change) -> Result<(), Error> {
     let deadline = Instant::now() + CHANGE_TIMEOUT;
     let mut hint = None;
     let mut why = "no leader can be reached".to_owned();
@@ -75,15 +81,38 @@ async fn change_through(core: &Core, leader: u64, change: Change) -> Attempt {
 }
 
 /// One attempt, as the leader that this broker may be.
-pub(crate) async fn change_here(core: &Core, change: &Change) -> Attempt {
+pub(crate) async fn change_here(core: &Arc<Core>, change: &Change) -> Attempt {
+    if let Change::TransferLeader(to) = change {
+        return match transfer(core, (*to != 0).then_some(*to)).await {
+            Ok(()) => Attempt::Done,
+            Err(error) => Attempt::Failed(error.to_string()),
+        };
+    }
+    // What the registry says is judged in a state that nobody is ahead of.
+    let state = match core.linearizable(ATTEMPT_TIMEOUT / 2).await {
+        Ok(state) if core.leads() => state,
+        _ => return Attempt::NotLeader(core.leader().filter(|leader| *leader != core.node)),
+    };
+    let Ok(_one_at_a_time) = core.changing.try_lock() else {
+        return Attempt::Later("another change of the membership is under way".to_owned());
+    };
     let membership = core.metrics().membership_config;
     let membership = membership.membership();
+    if membership.get_joint_config().len() > 1 {
+        return Attempt::Later("another change of the membership is under way".to_owned());
+    }
     let is_voter = |node: u64| membership.voter_ids().any(|voter| voter == node);
+    let row = |node: u64| state.row::<Broker>(&node.to_be_bytes());
     let result = match change {
         Change::AddLearner(add) => {
             core.dialer.learn(add.node, &add.address);
             if membership.get_node(&add.node).is_some() {
                 return Attempt::Done;
+            }
+            match row(add.node) {
+                None => return Attempt::Failed(format!("broker `{}` was never enrolled", add.node)),
+                Some(row) if row.removed => return Attempt::Failed(format!("broker `{}` was removed", add.node)),
+                Some(_) => {}
             }
             if membership.nodes().count() >= MEMBERS_MAX {
                 return Attempt::Failed(format!("a cluster has at most {MEMBERS_MAX} members"));
@@ -97,6 +126,9 @@ pub(crate) async fn change_here(core: &Core, change: &Change) -> Attempt {
             if membership.get_node(node).is_none() {
                 return Attempt::Failed(format!("broker `{node}` is not a member"));
             }
+            if !row(*node).is_some_and(|row| !row.removed && row.has(BrokerRole::Voter)) {
+                return Attempt::Failed(format!("broker `{node}` does not have the role `voter`"));
+            }
             if !has_caught_up(core, *node) {
                 return Attempt::Later(format!("broker `{node}` has not caught up yet"));
             }
@@ -106,6 +138,13 @@ pub(crate) async fn change_here(core: &Core, change: &Change) -> Attempt {
         Change::Remove(node) => {
             if membership.get_node(node).is_none() {
                 return Attempt::Done;
+            }
+            if !row(*node).is_some_and(|row| row.removed) {
+                return Attempt::Failed(format!("broker `{node}` was not removed from the registry"));
+            }
+            // As long as it is a member it hears of its removal, if it hears at all.
+            if core.pause(FAREWELL).await.is_err() {
+                return Attempt::Failed("this broker stops".to_owned());
             }
             if is_voter(*node) {
                 if membership.voter_ids().count() == 1 {
@@ -118,16 +157,49 @@ pub(crate) async fn change_here(core: &Core, change: &Change) -> Attempt {
                 core.raft.change_membership(nodes, false).await.map(drop)
             }
         }
-        Change::TransferLeader(to) => {
-            return match transfer(core, (*to != 0).then_some(*to)).await {
-                Ok(()) => Attempt::Done,
-                Err(error) => Attempt::Failed(error.to_string()),
-            };
-        }
+        Change::TransferLeader(_) => return Attempt::Failed("handed over above".to_owned()),
     };
     match result {
         Ok(()) => Attempt::Done,
         Err(error) => judge(error),
+    }
+}
+
+/// While this broker leads: finishes a change that a leader before it began, and lets go of members that the registry
+/// says are removed. One that is removed itself ends.
+pub(crate) async fn keep(core: Arc<Core>) {
+    while core.pause(KEEP_INTERVAL).await.is_ok() {
+        let state = core.published.state();
+        let removed = |node: &u64| state.row::<Broker>(&node.to_be_bytes()).is_some_and(|row| row.removed);
+        if removed(&core.node) {
+            // Who asked for it through this broker is answered before.
+            let _ = core.pause(REMOVED_GRACE).await;
+            return core.fail(Fatal::Removed);
+        }
+        if !core.leads() {
+            continue;
+        }
+        let membership = core.metrics().membership_config;
+        let membership = membership.membership();
+        if membership.get_joint_config().len() > 1 {
+            finish(&core).await;
+            continue;
+        }
+        let Some(node) = membership.nodes().map(|(node, _)| *node).find(removed) else { continue };
+        if let Attempt::Later(why) | Attempt::Failed(why) = change_here(&core, &Change::Remove(node)).await {
+            tracing::debug!(node, why, "a removed broker is still a member");
+        }
+    }
+}
+
+/// Leads from a joint configuration, which only a leader's end leaves behind, to the one that it leads to.
+async fn finish(core: &Core) {
+    let Ok(_one_at_a_time) = core.changing.try_lock() else { return };
+    tracing::info!("finishing a change of the membership that another leader began");
+    // Adding nobody flattens what is there.
+    let nobody = ChangeMembers::AddVoterIds(BTreeSet::new());
+    if let Err(error) = core.raft.change_membership(nobody, false).await {
+        tracing::debug!(%error, "it is not finished yet");
     }
 }
 
