@@ -11,7 +11,7 @@ use crate::syslog::{skip, tool};
 /// Crates whose metrics a broker exports. A connector and a client listen on nothing.
 const EXPORTING: [&str; 3] = ["storage", "cluster", "broker"];
 /// What a metric's name may end with.
-const SUFFIXES: [&str; 22] = [
+const SUFFIXES: [&str; 24] = [
     "_bytes",
     "_commands",
     "_connections",
@@ -30,10 +30,12 @@ const SUFFIXES: [&str; 22] = [
     "_pipes",
     "_records",
     "_requests",
+    "_rows",
     "_seconds",
     "_sessions",
     "_streams",
     "_total",
+    "_watchers",
 ];
 /// A gauge of a thing that has no unit of its own.
 const BARE: [&str; 2] = ["selvedge_cluster_term", "selvedge_edge_tickets"];
