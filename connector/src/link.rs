@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -28,7 +29,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 use tonic::transport::{Channel, Endpoint};
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use crate::end::{End, Fence, PROTOCOL};
 use crate::{clock, trust};
@@ -125,6 +126,8 @@ pub(crate) enum Answer {
     Opened(Box<Opened>),
     Refused(OpenRefused),
     Why(String),
+    /// None when there is no such name.
+    Resolved(Option<IpAddr>),
 }
 
 /// One attached control stream.
@@ -278,6 +281,9 @@ impl Link {
             Message::Opened(opened) => self.answer(opened.request, Answer::Opened(Box::new(opened))),
             Message::OpenRefused(refused) => self.answer(refused.request, Answer::Refused(refused)),
             Message::WhyAnswer(why) => self.answer(why.request, Answer::Why(why.text)),
+            Message::ResolveAnswer(resolved) => {
+                self.answer(resolved.request, Answer::Resolved(address(&resolved.address)));
+            }
             Message::Dial(dial) => self.tell(events, Event::Dial(Box::new(dial))).await,
             Message::Cut(cut) => self.tell(events, Event::Cut(cut)).await,
             Message::Targets(targets) => self.tell(events, Event::Targets(targets)).await,
@@ -302,7 +308,6 @@ impl Link {
                 return Err(Error::Upgrade { min: upgrade.protocol_min, max: upgrade.protocol_max });
             }
             Message::Hello(_) => return Err(Error::Protocol("a second `Hello`")),
-            Message::ResolveAnswer(_) => debug!("an answer that nobody asked for"),
             Message::Ping(_) | Message::Pong(_) | Message::LeaseLeft(_) => {}
         }
         Ok(())
@@ -477,6 +482,12 @@ fn check_hello(first: FromBroker, broker: &Broker) -> Result<(), Error> {
         }
         _ => Err(Error::Protocol("no `Hello`")),
     }
+}
+
+/// 4 or 16 bytes.
+fn address(bytes: &[u8]) -> Option<IpAddr> {
+    let four = || <[u8; 4]>::try_from(bytes).map(IpAddr::from);
+    <[u8; 16]>::try_from(bytes).map(IpAddr::from).or_else(|_| four()).ok()
 }
 
 fn micros(duration: Duration) -> u64 {

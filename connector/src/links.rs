@@ -254,7 +254,7 @@ impl Supervisor {
         let attached = self.links.all();
         let is_demanded = |node: u64| demanded.iter().any(|broker| broker.node == node);
         let usable = |link: &&Arc<Link>| link.is_usable();
-        let candidates: Vec<&Broker> = list.brokers.iter().filter(|broker| !broker.draining).collect();
+        let candidates = self.candidates(&list.brokers, attached.is_empty());
 
         for broker in &demanded {
             let known = self.known.entry(broker.node).or_default();
@@ -306,6 +306,14 @@ impl Supervisor {
                 self.spawn_attach((*broker).clone());
             }
         }
+    }
+
+    /// The brokers to attach to: those that do not drain. Where none of them can be reached, the others too: this end's
+    /// list may be old, and nobody else could tell.
+    fn candidates<'a>(&self, brokers: &'a [Broker], is_alone: bool) -> Vec<&'a Broker> {
+        let failed = |broker: &&Broker| self.known.get(&broker.node).is_some_and(|known| known.retry_at.is_some());
+        let (draining, staying): (Vec<_>, Vec<_>) = brokers.iter().partition(|broker| broker.draining);
+        if is_alone && staying.iter().all(failed) { [staying, draining].concat() } else { staying }
     }
 
     fn probe(&mut self, candidates: &[&Broker], attached: &[Arc<Link>], now: Instant) {

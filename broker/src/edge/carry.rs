@@ -154,8 +154,11 @@ impl Opening<'_> {
                 }
             }
         }
-        if session.cut.is_cancelled() {
-            last = SessionCode::Refused;
+        match session.cut_code() {
+            // Another broker takes it.
+            Some(SessionCode::Drained) => last = SessionCode::BrokerDraining,
+            Some(_) => last = SessionCode::Refused,
+            None => {}
         }
         Ended::Failed(last)
     }

@@ -125,6 +125,7 @@ async fn greet(
     if let Err(unfit) = super::standing::check(&edge.ground.state(), &end.peer, now_ms) {
         end.close(unfit.as_str());
     }
+    edge.tell_of_drain(&end);
     if kind == Kind::Connector {
         edge.routing.attach(end.subject, end.number);
         end.send_tickets(edge.tickets.mint_parking(end.key));

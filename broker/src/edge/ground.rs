@@ -46,6 +46,9 @@ pub trait Ground: Send + Sync + 'static {
     /// **Errors**: for the log of the operator; the caller tries again.
     async fn propose(&self, body: Body) -> Result<(), String>;
 
+    /// Hands leadership over to one that does not drain, if this broker leads. What goes wrong is tried again.
+    async fn hand_over(&self);
+
     /// The relay service of another broker; none when there is no way to it.
     fn relay(&self, node: u64) -> Option<RelayClient<PeerChannel>>;
 }
@@ -86,6 +89,23 @@ impl Ground for Cluster {
 
     async fn propose(&self, body: Body) -> Result<(), String> {
         Cluster::propose(self, Asker::BROKER, body, None).await.map(drop).map_err(|error| error.to_string())
+    }
+
+    async fn hand_over(&self) {
+        if !self.leads() {
+            return;
+        }
+        // Not to one that would hand it over again.
+        let (status, state) = (self.status(), self.state());
+        let stays = |node| state.broker(node).is_some_and(|broker| !broker.draining && !broker.removed);
+        let others =
+            status.members.iter().filter(|other| other.voter && other.node != self.node() && stays(other.node));
+        let next = others.min_by_key(|other| other.lag_entries.unwrap_or(u64::MAX));
+        if let Some(next) = next
+            && let Err(error) = self.transfer_leader(Some(next.node)).await
+        {
+            tracing::debug!(%error, "leadership was not handed over");
+        }
     }
 
     fn relay(&self, node: u64) -> Option<RelayClient<PeerChannel>> {

@@ -11,6 +11,7 @@
 mod carry;
 mod control;
 mod dial;
+mod drain;
 mod ends;
 mod enforce;
 mod ground;
@@ -35,13 +36,11 @@ mod tickets;
 mod trace;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
 use rustix::time::{ClockId, clock_gettime};
 use selvedge_domain::Id;
-use selvedge_proto::frame::SessionCode;
 use selvedge_proto::identity::Anchors;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -51,7 +50,7 @@ use crate::audit::Log;
 use crate::decision::Decider;
 use crate::issuer::Issuer;
 use crate::relay::Relay;
-use crate::routing::{self, Routing};
+use crate::routing::{self, Load, Routing};
 
 pub use dial::{CONFIRM_TIMEOUT, READY_TIMEOUT};
 pub use ends::{CONTROL_QUEUE_MAX, OPENS_IN_FLIGHT_MAX};
@@ -62,9 +61,6 @@ pub use listener::{HANDSHAKES_MAX, PENDING_MAX, PENDING_PER_PREFIX_MAX, SHOW_TIM
 pub use opens::REFUSAL_FLOOR;
 pub use sessions::SessionInfo;
 pub use tickets::{PARKED_HOPS_MAX, TICKETS_PER_STREAM_MAX};
-
-/// How long sessions that are cut at the end of a drain have to record it.
-const CUT_AT_STOP: Duration = Duration::from_secs(2);
 
 /// What an edge is made of.
 pub struct Parts {
@@ -116,6 +112,7 @@ pub struct Edge {
     strangers: strangers::Counted,
     brokers: watch::Sender<Option<selvedge_proto::control::Brokers>>,
     draining: AtomicBool,
+    cut_by_drain: AtomicU64,
     limits: ArcSwap<Limits>,
 }
 
@@ -146,6 +143,7 @@ impl Edge {
             strangers: strangers::Counted::default(),
             brokers: watch::Sender::new(None),
             draining: AtomicBool::new(false),
+            cut_by_drain: AtomicU64::new(0),
             limits: ArcSwap::from_pointee(limits),
         })
     }
@@ -161,11 +159,16 @@ impl Edge {
     /// What runs also on a broker whose edge listener is off: exchange with the other brokers, availability, the lease.
     pub fn background(self: &Arc<Self>, stop: &CancellationToken) {
         let edge = self.clone();
-        let draining = move || edge.is_draining();
-        tokio::spawn(routing::exchange(self.routing.clone(), self.ground.clone(), draining, stop.clone()));
+        let load = move || Load {
+            draining: edge.is_draining(),
+            sessions: edge.session_count() as u64,
+            sessions_cut: edge.cut_by_drain.load(Ordering::Relaxed),
+        };
+        tokio::spawn(routing::exchange(self.routing.clone(), self.ground.clone(), load, stop.clone()));
         tokio::spawn(routing::availability::run(self.routing.clone(), self.ground.clone(), stop.clone()));
         tokio::spawn(push::keep_list(self.clone(), stop.clone()));
         tokio::spawn(lease::watch(self.clone(), stop.clone()));
+        tokio::spawn(drain::follow(self.clone(), stop.clone()));
         tokio::spawn(strangers::report(self.clone(), stop.clone()));
     }
 
@@ -196,37 +199,9 @@ impl Edge {
         self.brokers.borrow().clone()
     }
 
-    /// Takes no new sessions, tells all ends to go elsewhere, waits until the sessions have ended or `wait` is over, and
-    /// cuts those that are left, so that the end of each is recorded. Answers how many were cut.
-    pub async fn drain(&self, wait: Duration) -> usize {
-        self.draining.store(true, Ordering::Release);
-        for end in self.ends.all() {
-            end.send(selvedge_proto::control::from_broker::Message::GoAway(selvedge_proto::control::GoAway {
-                reason: "draining".into(),
-            }));
-        }
-        let ended = async || {
-            for session in self.sessions.all() {
-                session.over.cancelled().await;
-            }
-        };
-        let _ = tokio::time::timeout(wait, ended()).await;
-        let left = self.sessions.all();
-        left.iter().for_each(|session| session.cut_for(SessionCode::BrokerDraining));
-        if tokio::time::timeout(CUT_AT_STOP, ended()).await.is_err() {
-            tracing::warn!(sessions = self.sessions.len(), "some sessions did not end when they were cut");
-        }
-        left.len()
-    }
-
     /// What a connector is told is left of the lease.
     fn lease_left_for(&self, connector: Id) -> u64 {
         self.owed.left_ms(connector, boottime_ms(), self.ground.lease_left_ms())
-    }
-
-    fn is_draining(&self) -> bool {
-        self.draining.load(Ordering::Acquire)
-            || self.ground.state().broker(self.ground.node()).is_some_and(|broker| broker.draining)
     }
 }
 

@@ -7,7 +7,7 @@ use selvedge_domain::rows::Broker;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::Routing;
+use super::{Load, Routing};
 use crate::edge::Ground;
 
 /// Between two exchanges with the same broker.
@@ -19,7 +19,7 @@ pub const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(2);
 pub(crate) async fn exchange(
     routing: Arc<Routing>,
     ground: Arc<dyn Ground>,
-    draining: impl Fn() -> bool + Send,
+    load: impl Fn() -> Load + Send,
     stop: CancellationToken,
 ) {
     let mut ticks = tokio::time::interval(EXCHANGE_INTERVAL);
@@ -30,7 +30,7 @@ pub(crate) async fn exchange(
             () = stop.cancelled() => return,
             _ = ticks.tick() => {}
         }
-        routing.set_own(ground.lease_open(), draining());
+        routing.set_own(ground.lease_open(), load());
         // One call at a time per broker would be kept waiting by the slowest; late ones end by their timeout.
         while calls.try_join_next().is_some() {}
         let state = ground.state();

@@ -37,7 +37,7 @@ const RTT_SMOOTHING: u32 = 3;
 pub struct Routing {
     node: u64,
     fresh: AtomicBool,
-    draining: AtomicBool,
+    load: Mutex<Load>,
     soft: Mutex<Soft>,
     /// Availability may have changed.
     changed: Notify,
@@ -61,6 +61,17 @@ struct Here {
     load_permille: u32,
     down: BTreeSet<String>,
     app_rtts: Vec<TargetRtt>,
+}
+
+/// What a broker says of its sessions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// It takes no new ones.
+    pub draining: bool,
+    /// Sessions that it stitches.
+    pub sessions: u64,
+    /// Sessions that were cut since it began to drain.
+    pub sessions_cut: u64,
 }
 
 /// Another broker.
@@ -91,16 +102,26 @@ impl Routing {
         std::sync::Arc::new(Self {
             node,
             fresh: AtomicBool::new(false),
-            draining: AtomicBool::new(false),
+            load: Mutex::default(),
             soft: Mutex::default(),
             changed: Notify::new(),
         })
     }
 
     /// What this broker says of itself from now on.
-    pub(crate) fn set_own(&self, fresh: bool, draining: bool) {
+    pub(crate) fn set_own(&self, fresh: bool, load: Load) {
         self.fresh.store(fresh, Ordering::Relaxed);
-        self.draining.store(draining, Ordering::Relaxed);
+        *self.load.lock() = load;
+    }
+
+    /// What a broker says of its sessions; none of one that was not heard lately.
+    pub fn load(&self, node: u64) -> Option<Load> {
+        if node == self.node {
+            return Some(*self.load.lock());
+        }
+        let soft = self.soft.lock();
+        let told = &soft.brokers.get(&node).filter(|heard| heard.alive())?.state;
+        Some(Load { draining: told.draining, sessions: told.sessions, sessions_cut: told.sessions_cut })
     }
 
     pub(crate) fn attach(&self, connector: Id, stream: u64) {
@@ -172,10 +193,13 @@ impl Routing {
 
     /// What this broker tells the others.
     pub(crate) fn tell(&self) -> SoftState {
+        let Load { draining, sessions, sessions_cut } = *self.load.lock();
         let soft = self.soft.lock();
         SoftState {
             node: self.node,
-            draining: self.draining.load(Ordering::Relaxed),
+            draining,
+            sessions,
+            sessions_cut,
             fresh: self.fresh.load(Ordering::Relaxed),
             connectors: soft
                 .connectors
@@ -261,7 +285,7 @@ impl Routing {
         let own = broker.node == self.node;
         let heard = soft.brokers.get(&broker.node).filter(|heard| heard.alive());
         let (fresh, draining) = match heard {
-            _ if own => (self.fresh.load(Ordering::Relaxed), self.draining.load(Ordering::Relaxed)),
+            _ if own => (self.fresh.load(Ordering::Relaxed), self.load.lock().draining),
             Some(heard) => (heard.state.fresh, heard.state.draining),
             None => (false, false),
         };

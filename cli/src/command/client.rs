@@ -31,6 +31,9 @@ pub enum Command {
         /// Loopback address to listen on; port 0 takes a free one
         #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
         listen: SocketAddr,
+        /// Packets instead of connections: all that is sent to the port is one session
+        #[arg(long)]
+        udp: bool,
         #[command(flatten)]
         seat: Seat,
     },
@@ -58,6 +61,13 @@ pub enum Command {
         /// JSON
         #[arg(long)]
         json: bool,
+    },
+    /// The address that stands for a private name here: the same for denied and unknown, none
+    Resolve {
+        /// The name
+        host: String,
+        #[command(flatten)]
+        seat: Seat,
     },
     /// What happens to a name here: whether it is private, and whether it is reachable
     Why {
@@ -113,7 +123,7 @@ enum Kind {
 
 pub async fn run(command: Command, global: &Global) -> anyhow::Result<ExitCode> {
     // What goes wrong is told once, by the command itself.
-    let telemetry = super::logs(global, LevelFilter::ERROR, "selvedge-client", None)?;
+    let telemetry = super::logs(global, LevelFilter::ERROR, "selvedge-client")?;
     let result = act(command).await;
     telemetry.stop().await;
     result
@@ -122,9 +132,13 @@ pub async fn run(command: Command, global: &Global) -> anyhow::Result<ExitCode> 
 async fn act(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Enrol(args) => enrol(args, false).await,
-        Command::Connect { target: (host, port), listen, seat } => {
+        Command::Connect { target: (host, port), listen, udp, seat } => {
             let (client, shutdown) = (start(seat).await?, shutdown::on_signal()?);
-            let result = client::connect(&client, &host, port, listen, shutdown, report).await;
+            let result = if udp {
+                client::connect_udp(&client, &host, port, listen, shutdown, report).await
+            } else {
+                client::connect(&client, &host, port, listen, shutdown, report).await
+            };
             client.stop().await;
             result?;
             Ok(ExitCode::SUCCESS)
@@ -158,6 +172,14 @@ async fn act(command: Command) -> anyhow::Result<ExitCode> {
             } else {
                 output::line(output::clean(status.to_string().trim_end()))?
             }
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Resolve { host, seat } => {
+            let client = start(seat).await?;
+            client.ready(READY_WITHIN).await?;
+            let address = client.resolve(&host).await;
+            client.stop().await;
+            output::line(address?)?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Why { target, seat } => {

@@ -7,6 +7,7 @@
 
 use std::fs;
 use std::io;
+use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -45,6 +46,7 @@ pub(super) fn path(dir: &Path) -> PathBuf {
 enum Question {
     Open { host: String, port: u16, transport: u32, traceparent: String, initiator: String, avoid: Option<u64> },
     Why { host: String, port: u16 },
+    Resolve { name: String },
     Status,
 }
 
@@ -70,6 +72,7 @@ enum Reply {
     },
     Lost,
     Why(String),
+    Resolved(Option<IpAddr>),
     Status(Status),
     Failed(String),
 }
@@ -132,6 +135,10 @@ async fn answer(own: &Arc<Own>, stream: UnixStream) -> io::Result<()> {
             Ok(text) => Reply::Why(text),
             Err(error) => Reply::Failed(error.to_string()),
         },
+        Question::Resolve { name } => match own.resolve(&name).await {
+            Ok(address) => Reply::Resolved(address),
+            Err(error) => Reply::Failed(error.to_string()),
+        },
         Question::Open { host, port, transport, traceparent, initiator, avoid } => {
             let wish = Wish { host, port, transport, traceparent, initiator };
             match own.begin(&wish, avoid).await {
@@ -184,6 +191,14 @@ impl Guest {
     pub(super) async fn why(mut self, host: &str, port: u16) -> Result<String, Error> {
         match self.ask(&Question::Why { host: host.to_owned(), port }).await? {
             Reply::Why(text) => Ok(text),
+            Reply::Failed(reason) => Err(Error::Local(reason)),
+            _ => Err(odd()),
+        }
+    }
+
+    pub(super) async fn resolve(mut self, name: &str) -> Result<Option<IpAddr>, Error> {
+        match self.ask(&Question::Resolve { name: name.to_owned() }).await? {
+            Reply::Resolved(address) => Ok(address),
             Reply::Failed(reason) => Err(Error::Local(reason)),
             _ => Err(odd()),
         }

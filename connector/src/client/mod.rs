@@ -11,8 +11,10 @@ mod owner;
 mod proxy;
 mod source;
 mod tunnel;
+mod udp;
 
 use std::fmt;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -32,6 +34,7 @@ pub use error::Error;
 pub use front::{Report, connect, nc};
 pub use proxy::proxy;
 pub use tunnel::Tunnel;
+pub use udp::connect_udp;
 
 use crate::clock;
 use crate::dial::Via;
@@ -150,6 +153,28 @@ impl Client {
     /// When the first broker fails before any byte, a second one is tried.
     pub async fn open(&self, host: &str, port: u16, transport: Transport) -> Result<Tunnel, Error> {
         attempt::open(self, host, port, transport).await
+    }
+
+    /// The address that stands for a host: for a name in a zone, if it exists for this person, one that brokers made up;
+    /// for an address itself.
+    ///
+    /// **Errors**: [`Error::NoSuchName`] for what is denied, unknown or not reachable now, which look the same;
+    /// [`Error::NotPrivate`] for what is left to the machine's own resolver.
+    pub async fn resolve(&self, host: &str) -> Result<IpAddr, Error> {
+        let no_such_name = || Error::NoSuchName(host.to_owned());
+        let parsed = Host::parse(host).map_err(|_| no_such_name())?;
+        let name = match &parsed {
+            Host::Address(address) => return Ok(*address),
+            Host::Name(name) => name,
+        };
+        if !self.is_private(&parsed).await? {
+            return Err(Error::NotPrivate(host.to_owned()));
+        }
+        let address = match self.source().await? {
+            Source::Own(own) => own.resolve(name).await?,
+            Source::Guest => self.guest().await?.resolve(name).await?,
+        };
+        address.ok_or_else(no_such_name)
     }
 
     /// What policy discloses about a target.

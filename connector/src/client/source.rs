@@ -1,11 +1,12 @@
 //! Where sessions are asked for: on this process's own control streams, or on those of the process that runs already.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use selvedge_proto::control::{Broker, HopFailed, Open, OpenRefused, Opened, Why, from_end};
+use selvedge_proto::control::{Broker, HopFailed, Open, OpenRefused, Opened, Resolve, Why, from_end};
 use selvedge_proto::frame::SessionCode;
 use selvedge_proto::hello::Ticket;
 use tokio::sync::oneshot;
@@ -24,7 +25,8 @@ use crate::links::Links;
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long an attempt waits for a ticket.
 const TICKET_TIMEOUT: Duration = Duration::from_secs(2);
-const WHY_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a question about a name waits.
+const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Tickets kept unused at each stream.
 const TICKETS: usize = 16;
 /// Applications whose better broker is remembered.
@@ -72,7 +74,7 @@ impl Waiting {
                     Verdict::Opened(*opened)
                 }
                 Ok(Answer::Refused(refused)) => Verdict::Refused(refused),
-                Ok(Answer::Why(_)) | Err(_) => Verdict::Lost,
+                Ok(Answer::Why(_) | Answer::Resolved(_)) | Err(_) => Verdict::Lost,
             },
             Self::Guest(guest) => guest.verdict().await,
         }
@@ -154,13 +156,19 @@ impl Own {
 
     pub(super) async fn why(&self, host: &str, port: u16) -> Result<String, Error> {
         let link = self.link(host, port, None).await?;
-        let answer = link
-            .ask(|request| from_end::Message::Why(Why { request, host: host.to_owned(), port: u32::from(port) }))
-            .map_err(|error| Error::Detached(error.to_string()))?;
-        match timeout(WHY_TIMEOUT, answer).await {
-            Ok(Ok(Answer::Why(text))) => Ok(text),
-            Ok(_) => Err(Error::Detached("the control stream was lost".to_owned())),
-            Err(_) => Err(Error::TimedOut(link.broker.name.clone())),
+        let question = |request| from_end::Message::Why(Why { request, host: host.to_owned(), port: u32::from(port) });
+        match ask(&link, question).await? {
+            Answer::Why(text) => Ok(text),
+            _ => Err(another_answer()),
+        }
+    }
+
+    pub(super) async fn resolve(&self, name: &str) -> Result<Option<IpAddr>, Error> {
+        let link = self.link(name, 0, None).await?;
+        let question = |request| from_end::Message::Resolve(Resolve { request, host: name.to_owned() });
+        match ask(&link, question).await? {
+            Answer::Resolved(address) => Ok(address),
+            _ => Err(another_answer()),
         }
     }
 
@@ -204,4 +212,17 @@ impl Own {
     fn detached(&self) -> Error {
         Error::Detached(self.links.last_error().unwrap_or_else(|| "none answered in time".to_owned()))
     }
+}
+
+async fn ask(link: &Link, question: impl FnOnce(u64) -> from_end::Message) -> Result<Answer, Error> {
+    let answer = link.ask(question).map_err(|error| Error::Detached(error.to_string()))?;
+    match timeout(ASK_TIMEOUT, answer).await {
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(_)) => Err(Error::Detached("the control stream was lost".to_owned())),
+        Err(_) => Err(Error::TimedOut(link.broker.name.clone())),
+    }
+}
+
+fn another_answer() -> Error {
+    Error::Detached("the broker answered another question".to_owned())
 }

@@ -35,7 +35,7 @@ use crate::audit::{Log, Record};
 use crate::decision::Decider;
 use crate::issuer::{Issuer, Seal};
 use crate::relay::Relay;
-use crate::routing::Routing;
+use crate::routing::{Load, Routing};
 
 pub(super) const NODE: u64 = 7;
 pub(super) const DEADLINE: Duration = Duration::from_secs(10);
@@ -48,6 +48,8 @@ pub(super) struct TestGround {
     pub(super) lease_left_ms: AtomicU64,
     pub(super) renewed: watch::Sender<u64>,
     pub(super) now_ms: AtomicU64,
+    /// How often leadership would have been handed over.
+    pub(super) handed_over: AtomicU64,
 }
 
 type AfterState = Box<dyn FnMut(&TestGround) -> bool + Send>;
@@ -112,6 +114,9 @@ impl Ground for TestGround {
     async fn propose(&self, body: Body) -> Result<(), String> {
         self.apply(Actor::BROKER, body);
         Ok(())
+    }
+    async fn hand_over(&self) {
+        self.handed_over.fetch_add(1, Ordering::SeqCst);
     }
     fn relay(&self, _node: u64) -> Option<RelayClient<PeerChannel>> {
         None
@@ -206,6 +211,7 @@ pub(super) async fn world() -> World {
         lease_left_ms: AtomicU64::new(5_000),
         renewed: watch::Sender::new(0),
         now_ms: AtomicU64::new(now_ms),
+        handed_over: AtomicU64::new(0),
     });
     let init = InitCluster {
         cluster_id: [1; 16],
@@ -273,7 +279,7 @@ pub(super) async fn world() -> World {
         relay: Relay::new(4),
         limits: Limits::default(),
     });
-    edge.routing.set_own(true, false);
+    edge.routing.set_own(true, Load::default());
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let at = listener.local_addr().unwrap();
     let stop = CancellationToken::new();
