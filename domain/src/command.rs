@@ -169,6 +169,8 @@ pub enum Body {
         node: u64,
         /// Draining.
         draining: bool,
+        /// What is left of its sessions after so many milliseconds is cut.
+        within_ms: u64,
     },
     /// A transaction of configuration objects: all or nothing.
     Apply(Apply),
@@ -254,6 +256,11 @@ pub enum Body {
         /// Position.
         upto_seq: u64,
     },
+    /// Changes for how long the event journal is kept.
+    KeepJournal {
+        /// Milliseconds.
+        keep_ms: u64,
+    },
 }
 
 impl Body {
@@ -285,7 +292,8 @@ impl Body {
             | Self::PutSettings { .. }
             | Self::Availability(_)
             | Self::MoveCursors(_)
-            | Self::CompactJournal { .. } => Class::Operations,
+            | Self::CompactJournal { .. }
+            | Self::KeepJournal { .. } => Class::Operations,
         }
     }
 
@@ -295,9 +303,10 @@ impl Body {
             Self::Enrol(_) | Self::CertificateIssued(_) => Some(BrokerRole::Issuer),
             Self::Availability(_) => Some(BrokerRole::Edge),
             // Administrators and directories are heard on `web` only.
-            Self::RaiseMinVersion { .. } | Self::RemoveBroker { .. } | Self::PutSettings { .. } => {
-                Some(BrokerRole::Web)
-            }
+            Self::RaiseMinVersion { .. }
+            | Self::RemoveBroker { .. }
+            | Self::PutSettings { .. }
+            | Self::KeepJournal { .. } => Some(BrokerRole::Web),
             _ => match self.class() {
                 Class::Policy | Class::Identity | Class::Secret => Some(BrokerRole::Web),
                 Class::Operations => None,
@@ -427,7 +436,8 @@ pub struct CreateEnrolKey {
     pub kind: i32,
     /// For people.
     pub name: String,
-    /// Connector group name, workload name, or `userName` (with `directory/` before it when not unique). Empty for brokers.
+    /// Connector group name, workload name, or `userName` (with `directory/` before it when not unique). For brokers the
+    /// roles, with commas between them; all when empty.
     pub target: String,
     /// SHA-256 of the secret.
     pub secret_sha256: [u8; 32],

@@ -42,3 +42,13 @@ pub const LEASE_MS_MAX: u64 = 120_000;
 pub const LEASE_MS_DEFAULT: u64 = 10_000;
 /// How long flows are held after the lease ended, in milliseconds.
 pub const HOLD_MS_DEFAULT: u64 = 30_000;
+/// How long a broker drains when nobody says, in milliseconds: 8 hours.
+pub const DRAIN_MS_DEFAULT: u64 = 8 * 3_600_000;
+/// Longest time that a broker may be given to drain, in milliseconds: 30 days.
+pub const DRAIN_MS_MAX: u64 = 30 * 24 * 3_600_000;
+/// How long the event journal is kept, in milliseconds: 30 days.
+pub const JOURNAL_KEEP_MS_DEFAULT: u64 = 30 * 24 * 3_600_000;
+/// Shortest time that the event journal may be kept, in milliseconds.
+pub const JOURNAL_KEEP_MS_MIN: u64 = 60_000;
+/// The chained hash of the journal is remembered at each event whose number this divides.
+pub const JOURNAL_MARK_EVERY: u64 = 256;

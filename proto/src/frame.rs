@@ -103,6 +103,8 @@ pub enum SessionCode {
     PeerGone = 24,
     /// A failure inside that its log explains.
     Internal = 25,
+    /// The session outlived the deadline of its broker's drain.
+    Drained = 26,
 }
 
 impl SessionCode {
@@ -135,6 +137,7 @@ impl SessionCode {
             Self::ProtocolError => "protocol_error",
             Self::PeerGone => "peer_gone",
             Self::Internal => "internal",
+            Self::Drained => "drained",
         }
     }
 

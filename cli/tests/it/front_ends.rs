@@ -1,7 +1,7 @@
 //! The ways into a session (SOCKS5, HTTP CONNECT, listener, standard input and output), workloads, and revoking ends.
 
 use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -190,6 +190,80 @@ fn a_revoked_device_workload_or_connector_is_cut_and_takes_no_more_sessions() {
     // Another one takes its place.
     shop.world.connector("other", &["shop.internal"]);
     wait("the other connector", || shop.nc(&second, "shop.internal", port).0 == "HELLO\n");
+}
+
+#[test]
+fn packets_go_to_an_application_and_each_sender_gets_its_own_answers() {
+    let mut shop = Shop::prepare(1);
+    let echo = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+    let port = echo.local_addr().expect("bound").port();
+    std::thread::spawn(move || {
+        let mut packet = [0; 65_536];
+        while let Ok((len, from)) = echo.recv_from(&mut packet) {
+            packet[..len].make_ascii_uppercase();
+            let _ = echo.send_to(&packet[..len], from);
+        }
+    });
+    let yaml = format!(
+        "kind: Segment\nname: clock\nhosts: [clock.internal]\nudp: [\"{port}\"]\nconnector_groups: [here]\n---\n\
+         kind: Policy\nname: sales-clock\ncedar: |\n  permit(principal in Group::\"sales\", action == Action::\"connect\", resource in Segment::\"clock\");\n"
+    );
+    let output = shop.world.apply(&yaml);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    shop.world.connector("connector", &["shop.internal", "clock.internal"]);
+    let (ann, bob) = (shop.world.client("ann", "ann@test.example"), shop.world.client("bob", "bob@test.example"));
+    let target = format!("clock.internal:{port}");
+    let [of_ann, of_bob] = free_ports();
+    for (name, listen, state) in [("udp-ann", of_ann, &ann), ("udp-bob", of_bob, &bob)] {
+        let listen = listen.to_string();
+        shop.world.spawn(name, &["client", "connect", &target, "--udp", "--listen", &listen, "--state", text(state)]);
+    }
+    let [one, other] = [(); 2].map(|()| UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port"));
+    wait("a packet through and back", || ask(&one, of_ann, b"first").is_some_and(|answer| answer == b"FIRST"));
+    // Late answers to what was sent before the session stood.
+    while ask(&one, of_ann, b"now").is_some_and(|answer| answer != b"NOW") {}
+    assert_eq!(ask(&other, of_ann, b"second").as_deref(), Some(b"SECOND".as_slice()));
+    assert_eq!(ask(&one, of_ann, b"third").as_deref(), Some(b"THIRD".as_slice()));
+    let long = vec![b'a'; 60_000];
+    assert!(ask(&one, of_ann, &long).is_some_and(|answer| answer == vec![b'A'; 60_000]));
+    let sessions = shop.world.json(&["session", "list", "--json"]);
+    let sessions = sessions["sessions"].as_array().expect("a list");
+    assert_eq!(sessions.len(), 1, "one session for all who send: {sessions:?}");
+    assert_eq!(sessions[0]["transport"], "udp");
+
+    assert_eq!(ask(&one, of_bob, b"denied"), None);
+    wait("the refusal is told", || {
+        let said = std::fs::read_to_string(shop.world.path("udp-bob.log")).expect("a log");
+        said.contains("no such name `clock.internal`")
+    });
+}
+
+#[test]
+fn a_private_name_has_an_address_for_those_who_may_use_it_and_no_other_name_has() {
+    let shop = Shop::open(1);
+    let (ann, bob) = (shop.world.client("ann", "ann@test.example"), shop.world.client("bob", "bob@test.example"));
+    let resolve = |state: &Path, host: &str| shop.world.run(&["client", "resolve", host, "--state", text(state)]);
+    let out = |state: &Path, host: &str| String::from_utf8(resolve(state, host).stdout).expect("text");
+    wait("the connector", || out(&ann, "shop.internal").trim().parse::<std::net::Ipv6Addr>().is_ok());
+    assert_eq!(out(&ann, "shop.internal"), out(&ann, "Shop.Internal."), "the same name");
+    let (denied, unknown) = (resolve(&bob, "shop.internal"), resolve(&ann, "none.internal"));
+    assert_eq!((denied.status.code(), unknown.status.code()), (Some(1), Some(1)));
+    let said = |stderr: &[u8]| String::from_utf8(stderr.to_vec()).expect("text");
+    assert_eq!(said(&denied.stderr).replace("shop.", "none."), said(&unknown.stderr));
+    assert!(denied.stdout.is_empty() && unknown.stdout.is_empty());
+    let outside = resolve(&ann, "www.example.com");
+    assert_eq!(outside.status.code(), Some(2), "left to the machine's own resolver");
+}
+
+/// Sends a packet, and waits a moment for an answer.
+fn ask(socket: &UdpSocket, to: SocketAddr, packet: &[u8]) -> Option<Vec<u8>> {
+    socket.set_read_timeout(Some(Duration::from_secs(2))).expect("set");
+    socket.send_to(packet, to).expect("sent");
+    let mut answer = vec![0; 65_536];
+    let (len, from) = socket.recv_from(&mut answer).ok()?;
+    assert_eq!(from, to);
+    answer.truncate(len);
+    Some(answer)
 }
 
 /// Ends or is reset, soon.

@@ -198,24 +198,24 @@ fn id_of(line: &str) -> Option<String> {
 }
 
 /// Routes to every broker but one lead nowhere.
-fn only(name: &str) -> Vec<(&str, SocketAddr)> {
+pub fn only(name: &str) -> Vec<(&str, SocketAddr)> {
     let nowhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
     ["b1", "b2", "b3"].into_iter().filter(|other| *other != name).map(|other| (other, nowhere)).collect()
 }
 
-fn sessions(world: &World) -> Vec<Value> {
+pub fn sessions(world: &World) -> Vec<Value> {
     world.json(&["session", "list", "--json"])["sessions"].as_array().cloned().unwrap_or_default()
 }
 
 /// Name of the broker that stitched a session.
-fn stitched_by(world: &World, session: &Value) -> String {
+pub fn stitched_by(world: &World, session: &Value) -> String {
     let at = session["endpoint"].as_str().expect("an endpoint");
     let broker = world.brokers.iter().find(|broker| at.ends_with(&broker.web.to_string()));
     broker.expect("the endpoint is a broker's").name.clone()
 }
 
 /// Pairs of a connector and a broker that it is attached to.
-fn attachments(world: &World) -> BTreeSet<(String, String)> {
+pub fn attachments(world: &World) -> BTreeSet<(String, String)> {
     let connectors = connectors(world);
     let pairs = connectors.iter().flat_map(|connector| {
         let seen = connector["seen"].as_array().into_iter().flatten().filter(|seen| seen["up"] == true);
@@ -241,8 +241,8 @@ fn name(value: &Value) -> String {
 }
 
 /// The audit records of one broker since it started.
-fn records(world: &World, number: usize) -> Vec<Value> {
-    let token = world.json(&["token", "create", "reader", "--role", "auditor", "--json"]);
+pub fn records(world: &World, number: usize) -> Vec<Value> {
+    let token = world.json(&["token", "create", &format!("reader-{number}"), "--role", "auditor", "--json"]);
     let token = token["token"].as_str().expect("a token").to_owned();
     let (status, text) = world.http(number, "GET", "/api/v1/audit?from=1", &token, None);
     assert_eq!(status, 200, "{text}");

@@ -91,6 +91,22 @@ fn one_trace_runs_through_client_broker_and_connector_and_its_id_is_in_the_audit
 }
 
 #[test]
+fn a_dial_that_another_broker_passes_on_is_a_span_of_the_same_trace() {
+    let collector = Collector::start();
+    let shop = Shop::open_at(2, vec![("SELVEDGE_OTLP_ENDPOINT".into(), collector.endpoint.clone())]);
+    shop.visit("ann");
+    let trace = shop.record("session.open")["trace"].as_str().expect("a trace id").to_owned();
+    wait("the spans of both brokers and of the connector", || {
+        let spans = collector.trace(&trace);
+        let parent = |name: &str| {
+            let span = spans.iter().find(|span| span.name == name)?;
+            spans.iter().find(|other| other.id == span.parent).map(|other| other.name.as_str())
+        };
+        parent("relay.dial") == Some("dial") && parent("connector.session") == Some("relay.dial")
+    });
+}
+
+#[test]
 fn a_broker_with_an_endpoint_records_the_attempts_of_clients_that_record_nothing() {
     let collector = Collector::start();
     let mut shop = Shop::open(vec![("SELVEDGE_OTLP_ENDPOINT".into(), collector.endpoint.clone())]);
@@ -168,17 +184,26 @@ fn log_lines_as_json_are_few_and_name_neither_people_nor_destinations() {
     assert!(after - before <= 2, "sessions that go well are not told at INFO: {}", logs.concat());
 }
 
-/// One broker, one connector, an application, `ann` who may and `bob` who may not.
+/// One broker or two, one connector, an application, `ann` who may and `bob` who may not.
 struct Shop {
     world: World,
     port: u16,
     code: String,
+    /// What clients cannot dial.
+    far: Option<&'static str>,
 }
 
 impl Shop {
     fn open(env: Vec<(String, String)>) -> Self {
+        Self::open_at(1, env)
+    }
+
+    /// With two brokers the connector is attached to the second alone, and clients to the first.
+    fn open_at(brokers: usize, env: Vec<(String, String)>) -> Self {
         let port = echo_server().port();
-        let mut world = World::start_with(Path::new(env!("CARGO_BIN_EXE_selvedge")), 1, env);
+        let mut world = World::start_with(Path::new(env!("CARGO_BIN_EXE_selvedge")), brokers, env);
+        let nowhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
+        let (near, far) = if brokers == 1 { (vec![], None) } else { (vec![("b1", nowhere)], Some("b2=127.0.0.1:1")) };
         let token = world.directory("people");
         let ann = world.user(&token, "ann@test.example");
         world.user(&token, "bob@test.example");
@@ -186,12 +211,12 @@ impl Shop {
         world.apply_segments(&[("shop", "shop.internal", port)]);
         let policy = "kind: Policy\nname: sales-shop\ncedar: |\n  permit(principal in Group::\"sales\", action == Action::\"connect\", resource in Segment::\"shop\");\n";
         assert!(world.apply(policy).status.success());
-        world.connector("connector", &["shop.internal"]);
+        world.connector_via("connector", &["shop.internal"], &near);
         for name in ["ann", "bob"] {
             world.client(name, &format!("{name}@test.example"));
         }
         let code = world.secret("device", "ann@test.example");
-        let shop = Self { world, port, code };
+        let shop = Self { world, port, code, far };
         wait("the connector", || shop.nc("ann", "hello\n").0 == "hello\n");
         shop
     }
@@ -207,6 +232,7 @@ impl Shop {
         let mut child = self
             .world
             .command(&["client", "nc", "shop.internal", &port, "--state", text(&state)])
+            .args(self.far.iter().flat_map(|far| ["--via", far]))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -2,7 +2,7 @@
 
 use crate::command::*;
 use crate::id::Id;
-use crate::limits::LEASE_MS_DEFAULT;
+use crate::limits::{DRAIN_MS_MAX, LEASE_MS_DEFAULT};
 use crate::rows::{self, AdminRole, EnrolKind};
 use crate::spec;
 use crate::state::{Changes, IndexKey, State};
@@ -515,4 +515,24 @@ fn the_last_event_of_a_command_says_so_and_the_journal_is_chained() {
     let seqs: Vec<u64> = world.changes.journal.iter().map(|row| row.seq).collect();
     assert!(seqs.windows(2).all(|pair| pair[1] == pair[0] + 1));
     assert_eq!(world.state.meta().journal_hash.len(), 32);
+}
+
+#[test]
+fn a_drain_has_a_deadline_that_a_registration_does_not_forget() {
+    let mut world = World::new();
+    let owner = world.owner();
+    let drain = |draining, within_ms| Body::DrainBroker { node: NODE, draining, within_ms };
+    let row = |world: &World| {
+        let row = world.state.broker(NODE).expect("registered");
+        (row.draining, row.drain_until_ms)
+    };
+    world.done(owner.clone(), drain(true, 5_000));
+    let until_ms = world.now_ms + 5_000;
+    assert_eq!(row(&world), (true, until_ms));
+    world.now_ms += 1_000;
+    world.done(Actor::BROKER, broker(NODE));
+    assert_eq!(row(&world), (true, until_ms), "it was started again");
+    assert_eq!(world.refused(owner.clone(), drain(true, DRAIN_MS_MAX + 1)), RejectedCode::Invalid);
+    world.done(owner, drain(false, 0));
+    assert_eq!(row(&world), (false, 0));
 }
