@@ -1,4 +1,4 @@
-//! The peer listener: mutual TLS by hand, so that each call's claim can be held against the caller's certificate.
+//! The peer listener: each call's claim is held against what its connection's other end has proven.
 
 use std::io;
 use std::pin::Pin;
@@ -6,13 +6,10 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use selvedge_domain::rows::Broker;
 use selvedge_proto::identity::Peer as PeerIdentity;
-use selvedge_proto::tls;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::metadata::{MetadataMap, MetadataValue};
@@ -24,6 +21,7 @@ use crate::dial::{CONNECTION_WINDOW_BYTES, STREAM_WINDOW_BYTES, epoch, node_of};
 use crate::error::Error;
 use crate::metrics::PEER_REFUSED_TOTAL;
 use crate::published::Published;
+use crate::transport::{Link, Listener, Stream};
 
 /// How long a handshake on the peer listener may take.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -107,7 +105,9 @@ impl Gatekeeper {
         if claim.epoch != 0 && epoch != 0 && claim.epoch != epoch {
             return Err(refused("epoch", "another epoch"));
         }
-        if self.published.state().broker(caller.node).is_some_and(|broker| broker.removed) {
+        // Its row stays for ever, so that it is known.
+        let row = self.published.state().row::<Broker>(&caller.node.to_be_bytes());
+        if row.is_some_and(|broker| broker.removed) {
             return Err(refused("removed", "this broker was removed"));
         }
         Ok(())
@@ -116,15 +116,14 @@ impl Gatekeeper {
 
 /// Serves until `stop`.
 pub(crate) async fn serve(
-    listener: TcpListener,
-    tls: Arc<rustls::ServerConfig>,
+    listener: Box<dyn Listener>,
     cluster: &[u8; 16],
     published: Arc<Published>,
     routes: Routes,
     stop: CancellationToken,
 ) -> Result<(), Error> {
     let (accepted, connections) = mpsc::channel(ACCEPTED_QUEUE_MAX);
-    tokio::spawn(accept(listener, tls, accepted, stop.clone()));
+    tokio::spawn(accept(listener, accepted, stop.clone()));
     let keeper = Gatekeeper { cluster: hex::encode(cluster), published };
     let check = move |request: Request<()>| match keeper.check(&request) {
         Ok(()) => Ok(request),
@@ -147,19 +146,17 @@ pub(crate) async fn serve(
 }
 
 async fn accept(
-    listener: TcpListener,
-    tls: Arc<rustls::ServerConfig>,
+    mut listener: Box<dyn Listener>,
     accepted: mpsc::Sender<io::Result<PeerStream>>,
     stop: CancellationToken,
 ) {
-    let acceptor = TlsAcceptor::from(tls);
     let lane = Arc::new(Semaphore::new(HANDSHAKES_MAX));
     loop {
         let Ok(permit) = lane.clone().acquire_owned().await else { return };
-        let tcp = tokio::select! {
+        let handshake = tokio::select! {
             () = stop.cancelled() => return,
             result = listener.accept() => match result {
-                Ok((tcp, _)) => tcp,
+                Ok(handshake) => handshake,
                 Err(error) => {
                     // Out of descriptors, most likely: wait for some to come back.
                     tracing::warn!(%error, "the peer listener cannot accept");
@@ -168,12 +165,10 @@ async fn accept(
                 }
             },
         };
-        let (acceptor, accepted, stop) = (acceptor.clone(), accepted.clone(), stop.clone());
+        let (accepted, stop) = (accepted.clone(), stop.clone());
         tokio::spawn(async move {
             let handshake = async {
-                tcp.set_nodelay(true)?;
-                let stream = acceptor.accept(tcp).await?;
-                let identity = tls::peer_of(stream.get_ref().1).map_err(io::Error::other)?;
+                let Link { stream, peer: identity } = handshake.await?;
                 let node = node_of(&identity).ok_or_else(|| io::Error::other("the certificate has no node id"))?;
                 Ok::<_, io::Error>(PeerStream { stream, caller: Caller { node, identity } })
             };
@@ -197,7 +192,7 @@ async fn accept(
 
 /// A connection whose peer is known.
 struct PeerStream {
-    stream: TlsStream<TcpStream>,
+    stream: Box<dyn Stream>,
     caller: Caller,
 }
 

@@ -15,12 +15,15 @@ const HASHES_MAX: usize = 4_096;
 /// Published changes that wait to be enforced; when it is full, applying waits.
 pub(crate) const ENFORCE_QUEUE_MAX: usize = 1_024;
 
-/// The hashes after an entry.
+/// The hashes after an entry, by which two brokers are compared.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct HashesAt {
-    pub(crate) index: u64,
-    pub(crate) state: [u8; 32],
-    pub(crate) journal: Vec<u8>,
+pub struct HashesAt {
+    /// Index of the entry.
+    pub index: u64,
+    /// Over all rows of the state.
+    pub state: [u8; 32],
+    /// Over the journal's events.
+    pub journal: Vec<u8>,
 }
 
 /// What there is to enforce.
@@ -115,6 +118,12 @@ impl Published {
         let hashes = self.hashes.lock();
         let at = hashes.binary_search_by_key(&index, |hashes| hashes.index).ok()?;
         hashes.get(at).cloned()
+    }
+
+    pub(crate) fn hashes_from(&self, index: u64) -> Vec<HashesAt> {
+        let hashes = self.hashes.lock();
+        let first = hashes.partition_point(|hashes| hashes.index < index);
+        hashes.iter().skip(first).cloned().collect()
     }
 
     pub(crate) fn last_hashes(&self) -> Option<HashesAt> {

@@ -24,7 +24,7 @@ impl fmt::Display for Batch {
 
 #[allow(deprecated, reason = "the macro names the runtime through its deprecated path")]
 mod config {
-    use super::{Batch, EmptyNode, Outcome};
+    use super::{Batch, EmptyNode, Outcome, Runtime};
 
     openraft::declare_raft_types!(
         /// Raft of this product.
@@ -33,9 +33,20 @@ mod config {
             R = Vec<Outcome>,
             NodeId = u64,
             Node = EmptyNode,
+            AsyncRuntime = Runtime,
     );
 }
 pub use config::TypeConfig;
+
+/// The runtime that Raft is bound to: tokio's, with randomness that follows from a seed. Its tasks take their seeds from
+/// whoever spawns them, so Raft must be made within [`seeded`].
+#[allow(deprecated, reason = "the library names it so without a further dependency")]
+pub type Runtime = openraft::rt::deterministic_rng::DeterministicRng<openraft::impls::TokioRuntime>;
+
+/// Runs what makes Raft, with the seed of its randomness.
+pub(crate) async fn seeded<F: Future>(seed: u64, making: F) -> F::Output {
+    Runtime::scope(seed, making).await
+}
 
 /// Raft with our state machine.
 pub type Raft = openraft::Raft<TypeConfig, crate::machine::Machine>;
