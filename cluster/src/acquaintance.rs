@@ -13,7 +13,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use futures::future::join_all;
 use openraft::async_runtime::WatchReceiver as _;
 use parking_lot::Mutex;
 use prost::Message as _;
@@ -67,6 +66,8 @@ struct Peers {
 struct Peer {
     memory: wire::Memory,
     met: Option<Met>,
+    /// A greeting is under way.
+    greeting: bool,
 }
 
 /// That each has heard where the other stands, and neither knew better.
@@ -80,7 +81,7 @@ impl Acquaintances {
     pub(crate) fn new(own: u64, log: Log, clock: Arc<dyn Clock>, fatal: watch::Sender<Option<Fatal>>) -> Self {
         let noted = log.note().and_then(|note| wire::Memories::decode(&*note).ok()).unwrap_or_default();
         let nodes = noted.nodes.into_iter().map(|noted| {
-            let peer = Peer { memory: noted.memory.unwrap_or_default(), met: None };
+            let peer = Peer { memory: noted.memory.unwrap_or_default(), ..Peer::default() };
             (noted.node, peer)
         });
         let peers = Peers { nodes: nodes.collect(), changed: false };
@@ -165,6 +166,18 @@ impl Acquaintances {
     pub(crate) fn part(&self, node: u64) {
         if let Some(peer) = self.inner.peers.lock().nodes.get_mut(&node) {
             peer.met = None;
+        }
+    }
+
+    /// Begins a greeting, unless one is under way.
+    fn begin(&self, node: u64) -> bool {
+        let mut peers = self.inner.peers.lock();
+        !std::mem::replace(&mut peers.nodes.entry(node).or_default().greeting, true)
+    }
+
+    fn end(&self, node: u64) {
+        if let Some(peer) = self.inner.peers.lock().nodes.get_mut(&node) {
+            peer.greeting = false;
         }
     }
 
@@ -297,7 +310,12 @@ pub(crate) async fn keep(core: Arc<Core>) {
         let acquaintances = &core.acquaintances;
         let suspect = core.log.log().suspect().is_some();
         let others = core.voters().into_iter().filter(|node| *node != core.node);
-        join_all(others.filter(|node| suspect || !acquaintances.has_met(*node)).map(|node| greet(&core, node))).await;
+        for node in others.filter(|node| suspect || !acquaintances.has_met(*node)) {
+            // One that does not answer keeps nobody else waiting.
+            if acquaintances.begin(node) {
+                core.tasks.spawn(greet(core.clone(), node));
+            }
+        }
         let stands = acquaintances.may_stand(&membership(&core.raft));
         core.raft.runtime_config().elect(stands);
         acquaintances.note(&core.members());
@@ -309,7 +327,7 @@ pub(crate) async fn keep(core: Arc<Core>) {
     }
 }
 
-async fn greet(core: &Core, node: u64) {
+async fn greet(core: Arc<Core>, node: u64) {
     let mut client = RaftClient::new(core.dialer.channel(node, Purpose::Control));
     let mut request = Request::new(core.acquaintances.greeting(node));
     request.set_timeout(GREET_TIMEOUT);
@@ -319,6 +337,7 @@ async fn greet(core: &Core, node: u64) {
         Ok(Err(status)) => tracing::debug!(node, %status, "a greeting was not answered"),
         Err(_) => tracing::debug!(node, "a greeting was not answered in time"),
     }
+    core.acquaintances.end(node);
 }
 
 #[cfg(test)]

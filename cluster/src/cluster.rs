@@ -334,6 +334,7 @@ async fn start(
     let snapshot_dir = options.dir.path().join(SNAPSHOT_DIR);
     let machine = Machine::open(store.clone(), snapshot_dir, published.clone(), blocking.clone(), fatal.clone());
     let machine = machine.await.map_err(Error::State)?;
+    continues(log.log().bounds().last_purged.map(|id| id.index), machine.applied_index())?;
     let snapshots = machine.snapshots();
 
     let dialer =
@@ -392,6 +393,17 @@ async fn start(
     let listener = options.transport.listen().await.map_err(Error::Socket)?;
     spawn(&core, options, listener, snapshots, to_enforce, queued);
     Ok(Cluster { core, runtime })
+}
+
+/// A log must hold what comes after the state.
+///
+/// **Errors**: it was cut further than the state goes, so the state is not the one that was left with it.
+fn continues(purged: Option<u64>, applied: Option<u64>) -> Result<(), Error> {
+    if purged <= applied {
+        return Ok(());
+    }
+    let why = format!("it ends at {applied:?}, and the log begins behind {purged:?}");
+    Err(Error::Storage(selvedge_storage::Error::MetaDamaged { what: "state", why }))
 }
 
 fn spawn(

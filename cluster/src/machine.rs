@@ -61,6 +61,11 @@ impl Machine {
         Ok(machine)
     }
 
+    /// Index of the last entry that the loaded state holds.
+    pub(crate) fn applied_index(&self) -> Option<u64> {
+        self.last_applied.as_ref().map(|id| id.index)
+    }
+
     pub(crate) fn snapshots(&self) -> Snapshots {
         self.snapshots.clone()
     }

@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::TcpListener;
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Once};
 use std::time::{Duration, Instant};
 
@@ -87,9 +86,9 @@ pub struct Setup {
     pub cluster_id: [u8; 16],
     pub log_limits: LogLimits,
     pub enforcer: Arc<dyn Enforcer>,
-    /// Brokers dial each other through these, each by the order in which it was started.
+    /// Brokers dial each other through these, each by the order in which it was first started.
     pub links: Option<Links>,
-    pub started: AtomicUsize,
+    pub started: Mutex<Vec<u64>>,
 }
 
 impl Setup {
@@ -105,7 +104,7 @@ impl Setup {
             log_limits: LogLimits::default(),
             enforcer: Arc::new(NothingToEnforce),
             links: None,
-            started: AtomicUsize::new(0),
+            started: Mutex::default(),
         }
     }
 
@@ -138,6 +137,15 @@ impl Setup {
         Broker { cluster, address, node, dir }
     }
 
+    /// The order in which a broker was first started.
+    fn place(&self, node: u64) -> usize {
+        let mut started = self.started.lock().unwrap();
+        started.iter().position(|known| *known == node).unwrap_or_else(|| {
+            started.push(node);
+            started.len() - 1
+        })
+    }
+
     /// What a broker on a directory is started with.
     pub async fn options(&self, dir: &Path, listener: TcpListener, certificate: Option<u64>) -> Options {
         let data = open(dir).await;
@@ -158,7 +166,7 @@ impl Setup {
             blocking: Blocking::Threads,
             enforcer: self.enforcer.clone(),
             seeds: BTreeMap::new(),
-            dial: self.links.as_ref().map(|links| links.dial(self.started.fetch_add(1, Ordering::SeqCst))),
+            dial: self.links.as_ref().map(|links| links.dial(self.place(node))),
             services: None,
             log_limits: self.log_limits,
             runtime: None,

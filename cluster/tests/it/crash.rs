@@ -246,7 +246,11 @@ async fn bring(what: Bring, setup: &Setup, links: &Links, hosts: &[Host], victim
         Bring::Conflict => {
             let victim_node = hosts[victim].broker.node;
             drop(other.cluster.transfer_leader(Some(victim_node)).await);
-            until("the victim leads", || hosts[victim].broker.cluster.leads()).await;
+            let sprung = || !hosts[victim].log.has_trap();
+            until("the victim leads", || sprung() || hosts[victim].broker.cluster.leads()).await;
+            if sprung() {
+                return;
+            }
             links.cut(victim, victim_node, true);
             let cut_off = hosts[victim].broker.cluster.clone();
             let owner = hosts[victim].broker.owner();
@@ -258,6 +262,8 @@ async fn bring(what: Bring, setup: &Setup, links: &Links, hosts: &[Host], victim
             .await;
             lost.abort();
             links.cut(victim, victim_node, false);
+            let target = other.cluster.state().position();
+            until("it has caught up", || sprung() || hosts[victim].broker.cluster.state().position() >= target).await;
         }
     }
 }

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use prost::Message as _;
-use selvedge_cluster::{Cluster, Fatal, LogLimits, ProposeError};
+use selvedge_cluster::{Cluster, Error, Fatal, LogLimits, ProposeError};
 use selvedge_domain::state::{Meta, StateHash, Table};
 use selvedge_proto::peer as wire;
 use selvedge_storage::DataDir;
@@ -92,6 +92,24 @@ async fn a_broker_whose_disk_was_wiped_or_set_back_is_told_by_the_others_and_sto
     copy(newest.path(), victim.dir.path());
     let victim = victim.start(&setup).await;
     until("it has caught up", || victim.has_token("still without it")).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_state_that_ends_before_its_log_begins_is_refused() {
+    let mut setup = Setup::new();
+    setup.log_limits = LogLimits { snapshot_bytes: 5_000, keep_entries: 2, ..LogLimits::default() };
+    let broker = setup.first().await;
+    let mut number = 0;
+    while broker.cluster.status().purged.is_none() {
+        broker.create_token(&format!("token-{number}")).await.unwrap();
+        number += 1;
+    }
+    let broker = Down::new(broker).await;
+    std::fs::remove_dir_all(broker.dir.path().join("state")).unwrap();
+    let options = setup.options(broker.dir.path(), bind(&broker.address).await, None).await;
+    let refused = Cluster::start(options).await.err().expect("what it lacks is nowhere here");
+    let Error::Storage(refused) = refused else { panic!("{refused}") };
+    assert_eq!(refused.code(), Some("SE0114"), "{refused}");
 }
 
 /// A broker that has let go of its directory.

@@ -140,7 +140,6 @@ async fn a_leader_behind_links_that_swallow_everything_is_deposed_and_comes_back
     }
     // They were connected directly until now: only new connections go through the links.
     let mut restarted = Vec::new();
-    setup.started.store(0, std::sync::atomic::Ordering::SeqCst);
     for broker in brokers {
         restarted.push(broker.restart(&setup).await);
     }

@@ -161,6 +161,8 @@ async fn the_process_that_is_killed() {
     let Some(dir) = std::env::var_os(DIR) else { return };
     let next = std::env::var(NEXT).unwrap();
     let next: Vec<u64> = next.split_whitespace().map(|next| next.parse().unwrap()).collect();
+    // The harness has begun a line.
+    say("");
     let clusters = start(Path::new(&dir)).await;
     for cluster in &clusters {
         check(cluster).await;
