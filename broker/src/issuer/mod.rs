@@ -22,6 +22,8 @@ use std::path::{Path, PathBuf};
 use rcgen::{KeyPair, PublicKeyData, SanType};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use selvedge_domain::Body;
+use selvedge_domain::command::{CertificateIssued, Subject};
 use selvedge_proto::identity::{self, Anchors, Kind, Role, SpiffeId};
 use selvedge_proto::{private_file, tls};
 use serde::{Deserialize, Serialize};
@@ -138,6 +140,19 @@ pub struct Issued {
     pub spki_sha256: [u8; 32],
     /// When it ends, in milliseconds of Unix time.
     pub not_after_ms: u64,
+}
+
+impl Issued {
+    /// The command by which the log learns of it.
+    pub fn command(&self, of: Subject) -> Body {
+        Body::CertificateIssued(CertificateIssued {
+            serial: self.serial.clone(),
+            subject: self.id.to_string(),
+            key_sha256: self.spki_sha256,
+            not_after_ms: self.not_after_ms,
+            of,
+        })
+    }
 }
 
 /// The three intermediates and their keys.

@@ -2,6 +2,7 @@ use std::path::PathBuf;
 
 use selvedge_domain::command::InitCluster;
 use selvedge_domain::limits::{HOLD_MS_DEFAULT, LEASE_MS_DEFAULT};
+use selvedge_domain::rows::BrokerRole;
 use selvedge_proto::identity::{Anchors, Kind, SpiffeId};
 use selvedge_proto::private_file;
 use selvedge_proto::tls::{self, Identity};
@@ -16,12 +17,15 @@ use super::Error;
 /// What a broker knows of its cluster before it has read a log.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Home {
+pub(crate) struct Home {
     pub version: u32,
     /// Trust anchors, with cluster id and trust domain.
     pub anchors: Anchors,
     /// Node id and peer address of brokers that were there when this one joined.
     pub seeds: Vec<Seed>,
+    /// What this broker was made for, by name.
+    #[serde(with = "role_names")]
+    pub roles: Vec<BrokerRole>,
     /// This broker makes the cluster when it first starts.
     pub first: Option<First>,
 }
@@ -36,20 +40,11 @@ pub struct Seed {
     pub peer: String,
 }
 
-/// What the first command of the cluster says, and the certificate that was made before there was a log.
+/// What the first command of the cluster says.
 #[derive(Serialize, Deserialize)]
-pub(super) struct First {
+pub(crate) struct First {
     lease_ms: u64,
     hold_ms: u64,
-    pub certificate: FirstCertificate,
-}
-
-#[derive(Clone, Serialize, Deserialize)]
-pub(super) struct FirstCertificate {
-    pub serial: String,
-    pub subject: String,
-    pub key_sha256: [u8; 32],
-    pub not_after_ms: u64,
 }
 
 impl First {
@@ -137,16 +132,8 @@ pub fn init(config: &Valid, options: &InitOptions) -> Result<Initialised, Error>
         version: VERSION,
         anchors: issuer.anchors().clone(),
         seeds: Vec::new(),
-        first: Some(First {
-            lease_ms: options.lease_ms,
-            hold_ms: options.hold_ms,
-            certificate: FirstCertificate {
-                serial: issued.serial,
-                subject: issued.id.to_string(),
-                key_sha256: issued.spki_sha256,
-                not_after_ms: issued.not_after_ms,
-            },
-        }),
+        roles: BrokerRole::ALL.into(),
+        first: Some(First { lease_ms: options.lease_ms, hold_ms: options.hold_ms }),
     };
     home.store(config)?;
     Ok(Initialised { root_key, pin: issuer.anchors().pin().to_string(), cluster_id: hex::encode(cluster_id) })
@@ -171,6 +158,8 @@ pub struct JoinReply {
     pub issuer_sealed: Option<Vec<u8>>,
     /// Brokers to join.
     pub seeds: Vec<Seed>,
+    /// The roles that the join token gave it.
+    pub roles: Vec<BrokerRole>,
 }
 
 /// The key under which the issuer travels to a broker that joins with this token.
@@ -213,13 +202,28 @@ pub fn join_complete(config: &Valid, request: &JoinRequest, reply: &JoinReply, t
         }
     }
     identity.save(&identity_path(config))?;
-    let home = Home { version: VERSION, anchors: reply.anchors.clone(), seeds: reply.seeds.clone(), first: None };
+    let home = Home {
+        version: VERSION,
+        anchors: reply.anchors.clone(),
+        seeds: reply.seeds.clone(),
+        roles: reply.roles.clone(),
+        first: None,
+    };
     home.store(config)?;
     let key_path = config.node_dir().join("joining.key");
     std::fs::remove_file(&key_path).map_err(|source| Error::file(&key_path, source))
 }
 
-pub(super) fn identity_path(config: &Config) -> PathBuf {
+/// The node id of this machine's broker; none before it belongs to a cluster.
+pub fn member(config: &Valid) -> Result<Option<u64>, Error> {
+    if !path(config).exists() {
+        return Ok(None);
+    }
+    let peer = Identity::load(&identity_path(config))?.peer()?;
+    Ok(selvedge_cluster::node_of(&peer))
+}
+
+pub(crate) fn identity_path(config: &Config) -> PathBuf {
     config.node_dir().join("identity.pem")
 }
 
@@ -238,6 +242,22 @@ pub(super) fn random_bytes<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     aws_lc_rs::rand::fill(&mut bytes).expect("the provider's generator does not fail once it is seeded");
     bytes
+}
+
+/// Roles as one text with commas.
+mod role_names {
+    use selvedge_domain::rows::BrokerRole;
+    use serde::{Deserialize as _, Deserializer, Serializer, de};
+
+    pub fn serialize<S: Serializer>(roles: &[BrokerRole], serializer: S) -> Result<S::Ok, S::Error> {
+        let names: Vec<_> = roles.iter().map(|role| role.name()).collect();
+        serializer.serialize_str(&names.join(","))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<BrokerRole>, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        BrokerRole::parse_list(&text).ok_or_else(|| de::Error::custom("not a list of roles"))
+    }
 }
 
 /// Node ids as decimal strings: JSON numbers lose digits.

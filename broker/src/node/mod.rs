@@ -1,6 +1,9 @@
 //! A broker as one thing: puts cluster, edge, web, audit and ops together, and takes them apart in order.
 
 mod home;
+mod renewal;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::net::TcpListener;
@@ -9,12 +12,11 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use metrics_exporter_prometheus::PrometheusHandle;
-use selvedge_cluster::{Cluster, LogLimits, Options, SystemClock};
-use selvedge_domain::command::{CertificateIssued, PutBroker, Subject};
+use selvedge_cluster::{Blocking, Clock, Cluster, LogLimits, Options, SystemClock, Tls};
+use selvedge_domain::command::PutBroker;
 use selvedge_domain::rows::BrokerRole;
-use selvedge_domain::{Actor, Body};
-use selvedge_proto::identity::Anchors;
-use selvedge_proto::tls::{self, Identity, NotBefore, TimeSource};
+use selvedge_domain::{Asker, Body};
+use selvedge_proto::tls::{self, Identity, NotBefore, Renewable, TimeSource};
 use selvedge_storage::DataDir;
 use selvedge_storage::audit::{Journal, StreamId};
 use tokio::sync::watch;
@@ -26,21 +28,22 @@ use crate::config::Valid;
 use crate::decision::Decider;
 use crate::edge::{self, Edge};
 use crate::issuer::Issuer;
-use crate::ops::Ops;
+use crate::ops::{Configured, Ops, Reload};
 use crate::relay::{RELAY_PIPES_MAX, Relay};
 use crate::routing::Routing;
 use crate::web;
-use home::{First, Home, random_bytes};
+use home::{First, random_bytes};
+pub(crate) use home::{Home, identity_path};
 pub use home::{
-    InitOptions, Initialised, JoinReply, JoinRequest, Seed, init, join_complete, join_request, join_seal_key,
+    InitOptions, Initialised, JoinReply, JoinRequest, Seed, init, join_complete, join_request, join_seal_key, member,
 };
+use renewal::Renewal;
+pub use renewal::{CERTIFICATE_LEFT_SECONDS, CERTIFICATE_RENEWALS_TOTAL};
 
 /// Longest wait of a starting broker for a leader.
 const START_STEP: Duration = Duration::from_secs(5);
 /// Between attempts to register with a leader.
 const REGISTER_RETRY: Duration = Duration::from_millis(500);
-/// How long live sessions may go on when the process is told to stop.
-const DRAIN_AT_STOP: Duration = Duration::from_secs(2);
 /// Longest wait for everything to end.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -115,21 +118,27 @@ impl Error {
 pub struct Broker {
     cluster: Cluster,
     edge: Arc<Edge>,
-    web: web::Web,
+    /// None without the role.
+    web: Option<web::Web>,
+    reload: Arc<Reload>,
     owner_token: Option<String>,
     stop: CancellationToken,
     tasks: TaskTracker,
+    drain_on_stop: Duration,
     /// Keeps the edge's TLS configuration replaceable.
     _edge_tls: watch::Sender<Arc<rustls::ServerConfig>>,
 }
 
 /// Cluster time once there is a cluster, the wall clock before.
-#[derive(Clone, Default)]
-struct ClusterTime(Arc<OnceLock<Cluster>>);
+#[derive(Clone)]
+struct ClusterTime {
+    cluster: Arc<OnceLock<Cluster>>,
+    clock: Arc<dyn Clock>,
+}
 
 impl ClusterTime {
     fn now_ms(&self) -> u64 {
-        self.0.get().map_or_else(|| (tls::system_time())(), Cluster::now_ms)
+        self.cluster.get().map_or_else(|| self.clock.wall_ms(), Cluster::now_ms)
     }
 
     fn source(&self) -> TimeSource {
@@ -140,18 +149,29 @@ impl ClusterTime {
 
 impl Broker {
     /// Starts everything. Returns when the listeners are open and this broker is registered with a leader.
-    pub async fn start(config: Valid, metrics: PrometheusHandle) -> Result<Self, Error> {
+    pub async fn start(configured: Configured, metrics: PrometheusHandle) -> Result<Self, Error> {
+        Self::start_with_clock(configured, metrics, SystemClock::shared()).await
+    }
+
+    /// [`Broker::start`] with another clock than the machine's.
+    pub async fn start_with_clock(
+        configured: Configured,
+        metrics: PrometheusHandle,
+        clock: Arc<dyn Clock>,
+    ) -> Result<Self, Error> {
         tls::install_provider();
+        let Configured { sources, loaded, set_log } = configured;
+        let config = loaded.config;
         let home = Home::load(&config)?;
         let dir = Arc::new(DataDir::open(&config.data_dir)?);
-        let identity = Identity::load(&home::identity_path(&config))?;
+        let own = Renewable::new(Identity::load(&home::identity_path(&config))?);
         let issuer = match Issuer::open(&config.issuer_dir(), &config.issuer_seal()) {
             Ok(issuer) => Some(Arc::new(issuer)),
             Err(crate::issuer::Error::Missing(_)) => None,
             Err(error) => return Err(error.into()),
         };
         let anchors = Arc::new(home.anchors.clone());
-        let time = ClusterTime::default();
+        let time = ClusterTime { cluster: Arc::default(), clock: clock.clone() };
         let listeners = Listeners::bind(&config)?;
         let journal = Journal::open(
             &dir.audit_path(),
@@ -168,10 +188,14 @@ impl Broker {
         let cluster = Cluster::start(Options {
             cluster_id: anchors.cluster_id(),
             preset: config.preset,
-            listener: listeners.peer,
-            tls_server: Arc::new(tls::peer_server(&identity, &anchors, not_before.clone(), &time.source())?),
-            tls_client: Arc::new(tls::peer_client(&identity, &anchors, None, not_before.clone(), &time.source())?),
-            clock: SystemClock::shared(),
+            transport: Tls::shared(
+                listeners.peer,
+                Arc::new(tls::peer_server(&own, &anchors, not_before.clone(), &time.source())?),
+                Arc::new(tls::peer_client(&own, &anchors, None, not_before.clone(), &time.source())?),
+            ),
+            clock,
+            seed: None,
+            blocking: Blocking::Threads,
             enforcer: Arc::new(hook.clone()),
             seeds: home.seeds.iter().map(|seed| (seed.node, seed.peer.clone())).collect(),
             dial: dial_override(&config, &home, &time),
@@ -181,23 +205,25 @@ impl Broker {
             dir,
         })
         .await?;
-        let _ = time.0.set(cluster.clone());
-        let owner_token = match &home.first {
-            Some(first) => initialise(&cluster, &config, first, &anchors).await?,
-            None => None,
+        let _ = time.cluster.set(cluster.clone());
+        let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
+        let renewal = Renewal {
+            cluster: cluster.clone(),
+            issuer: issuer.clone(),
+            anchors: anchors.clone(),
+            own: own.clone(),
+            path: home::identity_path(&config),
+            host: config.host.clone(),
+            time: time.source(),
         };
-        register(&cluster, &config, &home).await?;
-        not_before.judge();
-        if home.first.is_some() {
-            Home { first: None, ..home }.store(&config)?;
-        }
+        // Before this broker is registered: the others may not take its certificate any more.
+        tasks.spawn(renewal.run(stop.clone()));
+        let end_with_this = stop.clone().drop_guard();
         record_lost_sessions(&log).await;
 
-        let stop = CancellationToken::new();
-        let tasks = TaskTracker::new();
         let decider = Decider::new();
         let routing = Routing::new(cluster.node());
-        let edge_tls = tls::edge_server(&identity, &anchors, vec![tls::CONTROL_ALPN.to_vec()], &time.source())?;
+        let edge_tls = tls::edge_server(&own, &anchors, vec![tls::CONTROL_ALPN.to_vec()], &time.source())?;
         let (edge_tls, edge_tls_now) = watch::channel(Arc::new(edge_tls));
         let edge = Edge::new(edge::Parts {
             name: config.name.clone(),
@@ -210,15 +236,21 @@ impl Broker {
             decider: decider.clone(),
             routing: routing.clone(),
             relay: Relay::new(RELAY_PIPES_MAX),
+            limits: config.limits,
         });
         hook.set(edge.clone());
-        let (edge_serving, edge_stop) = (edge.clone(), stop.clone());
-        tasks.spawn(async move {
-            if let Err(error) = edge_serving.serve(listeners.edge, edge_stop).await {
-                tracing::error!(%error, "the edge listener failed");
-            }
-        });
-        let certificates = web_certificates(&config, issuer.clone(), &time)?;
+        if home.roles.contains(&BrokerRole::Edge) {
+            let (edge, stop) = (edge.clone(), stop.clone());
+            tasks.spawn(async move {
+                if let Err(error) = edge.serve(listeners.edge, stop).await {
+                    tracing::error!(%error, "the edge listener failed");
+                }
+            });
+        }
+        let certificates = match home.roles.contains(&BrokerRole::Web) {
+            true => Some(web_certificates(&config, issuer.clone(), &time)?),
+            false => None,
+        };
         let context = web::Context::new(web::Parts {
             cluster: cluster.clone(),
             decider,
@@ -228,20 +260,38 @@ impl Broker {
             issuer: issuer.clone(),
             anchors: anchors.clone(),
         });
-        let web = web::Web::serve(context, listeners.web, certificates).map_err(|source| Error::Listen {
+        let reload = Arc::new(Reload::new(sources, set_log, loaded.shown, edge.clone(), certificates.clone()));
+        let serve = |certificates| web::Web::serve(context, listeners.web, certificates);
+        let web = certificates.map(serve).transpose().map_err(|source| Error::Listen {
             listener: "web",
             address: config.web.bind.to_string(),
             source,
         })?;
         tasks.spawn(retention::run(cluster.clone(), log.clone(), stop.clone()));
         tasks.spawn(Exporter::new(cluster.clone(), log, config.name.clone()).run(stop.clone()));
-        let (ops, ops_stop) = (Ops::new(cluster.clone(), metrics), stop.clone());
+        let (ops, ops_stop) = (Ops::new(cluster.clone(), metrics, reload.clone()), stop.clone());
         tasks.spawn(async move {
             if let Err(error) = ops.serve(listeners.ops, ops_stop).await {
                 tracing::error!(%error, "the ops listener failed");
             }
         });
-        Ok(Self { cluster, edge, web, owner_token, stop, tasks, _edge_tls: edge_tls })
+
+        // What is served answers from now on, if only that there is nothing to be had yet.
+        let owner_token = match &home.first {
+            Some(first) => initialise(&cluster, &config, &home, first).await?,
+            None => None,
+        };
+        tokio::select! {
+            registered = register(&cluster, &config, &home) => registered?,
+            fatal = cluster.fatal() => return Err(fatal.into()),
+        }
+        not_before.judge();
+        if home.first.is_some() {
+            Home { first: None, ..home }.store(&config)?;
+        }
+        let stop = end_with_this.disarm();
+        let drain_on_stop = Duration::from_secs(config.drain_on_stop_s.into());
+        Ok(Self { cluster, edge, web, reload, owner_token, stop, tasks, drain_on_stop, _edge_tls: edge_tls })
     }
 
     /// The owner's token, when this start made the cluster. Shown once.
@@ -249,15 +299,21 @@ impl Broker {
         self.owner_token.as_deref()
     }
 
+    /// Reads the configuration again.
+    pub fn reload(&self) -> Arc<Reload> {
+        self.reload.clone()
+    }
+
     /// Node id.
     pub fn node(&self) -> u64 {
         self.cluster.node()
     }
 
-    /// Runs until `shutdown`, then stops in order: sessions are told to move, leadership is handed over.
+    /// Runs until `shutdown`, then stops in order: leadership is handed over, ends are told to go elsewhere, and what is
+    /// left of the sessions is cut at the deadline, or as soon as `now` says so.
     ///
     /// **Errors** when the broker must stop because it cannot be trusted any more.
-    pub async fn run_until(self, shutdown: CancellationToken) -> Result<(), Error> {
+    pub async fn run_until(self, shutdown: CancellationToken, now: CancellationToken) -> Result<(), Error> {
         let fatal = tokio::select! {
             () = shutdown.cancelled() => None,
             fatal = self.cluster.fatal() => Some(fatal),
@@ -266,10 +322,26 @@ impl Broker {
             tracing::error!(code = fatal.code(), %fatal, "this broker stops");
             return Err(fatal.into());
         }
-        let left = self.edge.drain(DRAIN_AT_STOP).await;
-        tracing::info!(sessions_cut = left, "stopping");
+        self.edge.begin_drain();
+        edge::Ground::hand_over(&self.cluster).await;
+        // A drain that was begun before has its own deadline.
+        let wait = self.edge.drain_left().unwrap_or(self.drain_on_stop);
+        tokio::select! {
+            () = self.edge.emptied() => {}
+            () = tokio::time::sleep(wait) => {}
+            () = now.cancelled() => {}
+            fatal = self.cluster.fatal() => {
+                tracing::error!(code = fatal.code(), %fatal, "this broker stops");
+                return Err(fatal.into());
+            }
+        }
+        let cut = self.edge.cut_rest().await;
+        tracing::info!(sessions_cut = cut, "stopping");
+        self.edge.dismiss();
         let work = async {
-            self.web.stop().await;
+            if let Some(web) = &self.web {
+                web.stop().await;
+            }
             self.cluster.shutdown().await;
             self.stop.cancel();
             self.tasks.close();
@@ -324,19 +396,14 @@ fn dial_override(config: &Valid, home: &Home, time: &ClusterTime) -> Option<selv
     let seeds: BTreeMap<u64, String> = home.seeds.iter().map(|seed| (seed.node, seed.peer.clone())).collect();
     let time = time.clone();
     Some(Arc::new(move |node| {
-        let broker = time.0.get().and_then(|cluster| cluster.state().broker(node));
+        let broker = time.cluster.get().and_then(|cluster| cluster.state().broker(node));
         let advertised = broker.map(|broker| broker.peer).filter(|peer| !peer.is_empty());
         via.get(&advertised.or_else(|| seeds.get(&node).cloned())?).cloned()
     }))
 }
 
-/// Makes the cluster: the first command, and the certificate that was signed before there was a log.
-async fn initialise(
-    cluster: &Cluster,
-    config: &Valid,
-    first: &First,
-    anchors: &Anchors,
-) -> Result<Option<String>, Error> {
+/// Makes the cluster: the first command, and this broker.
+async fn initialise(cluster: &Cluster, config: &Valid, home: &Home, first: &First) -> Result<Option<String>, Error> {
     // A start that was cut short may have come further than its own notes say.
     if cluster.status().last_log.is_some() {
         cluster.linearizable(START_STEP).await?;
@@ -346,26 +413,16 @@ async fn initialise(
     }
     let secret =
         format!("svt_{}", base64::Engine::encode(&base64::prelude::BASE64_URL_SAFE_NO_PAD, random_bytes::<32>()));
-    cluster.initialize(first.command(anchors, &secret)).await?;
-    propose_first(cluster, Actor::BOOTSTRAP, Body::PutBroker(description(cluster, config))).await?;
-    let certificate = first.certificate.clone();
-    let issued = CertificateIssued {
-        serial: certificate.serial,
-        subject: certificate.subject,
-        key_sha256: certificate.key_sha256,
-        not_after_ms: certificate.not_after_ms,
-        of: Subject::Broker(cluster.node()),
-    };
-    propose_first(cluster, Actor::BOOTSTRAP, Body::CertificateIssued(issued)).await?;
+    cluster.initialize(first.command(&home.anchors, &secret)).await?;
+    propose_first(cluster, Body::PutBroker(description(cluster, config, home))).await?;
     Ok(Some(secret))
 }
 
-async fn propose_first(cluster: &Cluster, actor: Actor, body: Body) -> Result<(), Error> {
-    cluster.propose(actor, body, None).await.map(drop).map_err(|error| Error::Initialise(Box::new(error)))
+async fn propose_first(cluster: &Cluster, body: Body) -> Result<(), Error> {
+    cluster.propose(Asker::BOOTSTRAP, body, None).await.map(drop).map_err(|error| Error::Initialise(Box::new(error)))
 }
 
-fn description(cluster: &Cluster, config: &Valid) -> PutBroker {
-    let roles = [BrokerRole::Voter, BrokerRole::Issuer, BrokerRole::Web, BrokerRole::Edge];
+fn description(cluster: &Cluster, config: &Valid, home: &Home) -> PutBroker {
     PutBroker {
         node: cluster.node(),
         name: config.name.clone(),
@@ -374,7 +431,7 @@ fn description(cluster: &Cluster, config: &Valid) -> PutBroker {
         edge: config.edge.advertised(),
         web: config.web.advertised(),
         peer: config.peer.advertised(),
-        roles: roles.map(|role| role as i32).into(),
+        roles: home.roles.iter().map(|role| *role as i32).collect(),
     }
 }
 
@@ -393,10 +450,11 @@ async fn register(cluster: &Cluster, config: &Valid, home: &Home) -> Result<(), 
                 }
                 _ => Ok(()),
             }?;
-            let body = Body::PutBroker(description(cluster, config));
-            cluster.propose(Actor::BROKER, body, None).await.map_err(|error| error.to_string())?;
-            let voter = own.is_some_and(|member| member.voter);
-            if voter || seeds.is_empty() {
+            let body = Body::PutBroker(description(cluster, config, home));
+            cluster.propose(Asker::BROKER, body, None).await.map_err(|error| error.to_string())?;
+            let votes = own.is_some_and(|member| member.voter);
+            let is_to_vote = cluster.state().broker(cluster.node()).is_some_and(|row| row.has(BrokerRole::Voter));
+            if votes || !is_to_vote || seeds.is_empty() {
                 Ok(())
             } else {
                 cluster.promote(cluster.node()).await.map_err(|e| e.to_string())
@@ -444,10 +502,6 @@ fn web_certificates(
     issuer: Option<Arc<Issuer>>,
     time: &ClusterTime,
 ) -> Result<Arc<web::Certificates>, Error> {
-    let files = match (&config.web.certificate, &config.web.key) {
-        (Some(certificate), Some(key)) => Some(web::Files { certificate: certificate.clone(), key: key.clone() }),
-        _ => None,
-    };
     let hosts = vec![config.host.clone(), config.web.bind.ip().to_string()];
-    Ok(Arc::new(web::Certificates::new(files, issuer, hosts, time.source())?))
+    Ok(Arc::new(web::Certificates::new(config.web_files(), issuer, hosts, time.source())?))
 }

@@ -18,7 +18,7 @@ use axum::routing::post;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use prost::Message as _;
-use selvedge_domain::command::{CertificateIssued, Enrol, Subject};
+use selvedge_domain::command::{Enrol, Subject};
 use selvedge_domain::rows::{Broker, BrokerRole, Device, EnrolKey, EnrolKind, User};
 use selvedge_domain::state::IndexKey;
 use selvedge_domain::{ActorKind, Asker, Body, Credential, Id, Rejected, RejectedCode, State as Applied};
@@ -83,6 +83,9 @@ struct Enrolled {
     issuer_sealed: Option<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     peers: Vec<PeerView>,
+    /// For brokers: what their row says that they are for.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    roles: Vec<&'static str>,
 }
 
 #[derive(Serialize)]
@@ -100,6 +103,17 @@ struct PeerView {
 }
 
 async fn enrol(State(context): State<Arc<Context>>, request: Request) -> Result<Response, Problem> {
+    let source = limit(&context, &request)?;
+    let Input(request) =
+        <Input<EnrolRequest> as axum::extract::FromRequest<_>>::from_request(request, &context).await?;
+    // What is begun is ended, whether or not the caller waits: a use of the secret must lead to its certificate.
+    let task = tokio::spawn(async move { whole(&context, request, source).await });
+    let enrolled = task.await.map_err(|error| Problem::internal(&error))??;
+    Ok((StatusCode::CREATED, Json(enrolled)).into_response())
+}
+
+/// Where an enrolment or renewal comes from, if it is not one too many.
+pub(super) fn limit(context: &Context, request: &Request) -> Result<SocketAddr, Problem> {
     let source = request.extensions().get::<Source>().map(|source| source.0);
     let source = source.ok_or_else(|| Problem::malformed("the caller's address is not known"))?;
     let who = Who::Enrolments(prefix(source.ip()));
@@ -107,12 +121,7 @@ async fn enrol(State(context): State<Arc<Context>>, request: Request) -> Result<
         ::metrics::counter!(REQUESTS_REFUSED_TOTAL, "reason" => "rate").increment(1);
         Problem::too_many(retry_after_s)
     })?;
-    let Input(request) =
-        <Input<EnrolRequest> as axum::extract::FromRequest<_>>::from_request(request, &context).await?;
-    // What is begun is ended, whether or not the caller waits: a use of the secret must lead to its certificate.
-    let task = tokio::spawn(async move { whole(&context, request, source).await });
-    let enrolled = task.await.map_err(|error| Problem::internal(&error))??;
-    Ok((StatusCode::CREATED, Json(enrolled)).into_response())
+    Ok(source)
 }
 
 async fn whole(context: &Context, request: EnrolRequest, source: SocketAddr) -> Result<Enrolled, Problem> {
@@ -215,21 +224,18 @@ async fn certify(
         Made::Broker(_) if !hosts.is_empty() => issuer.issue_broker(&made.id(), hosts, csr, now_ms),
         _ => issuer.issue(made.kind(), &made.id(), csr, now_ms),
     };
-    let issued = issued.map_err(|error| match error {
-        crate::issuer::Error::Request(_) | crate::issuer::Error::Host(_) | crate::issuer::Error::Hosts(_) => {
-            Problem::invalid(error.to_string())
-        }
-        other => Problem::internal(&other),
-    })?;
-    let body = Body::CertificateIssued(CertificateIssued {
-        serial: issued.serial.clone(),
-        subject: issued.id.to_string(),
-        key_sha256: issued.spki_sha256,
-        not_after_ms: issued.not_after_ms,
-        of: made.subject(),
-    });
-    context.cluster.propose(Asker::BROKER, body, None).await?;
+    let issued = issued.map_err(refused_request)?;
+    context.cluster.propose(Asker::BROKER, issued.command(made.subject()), None).await?;
     Ok(issued)
+}
+
+/// Why the issuer signed nothing.
+pub(super) fn refused_request(error: crate::issuer::Error) -> Problem {
+    use crate::issuer::Error;
+    match error {
+        Error::Request(_) | Error::Host(_) | Error::Hosts(_) => Problem::invalid(error.to_string()),
+        other => Problem::internal(&other),
+    }
 }
 
 async fn answer(
@@ -246,13 +252,16 @@ async fn answer(
         Made::Device(id) => Some(grant_of(&state, issuer, *id, issued, now_ms)?),
         _ => None,
     };
-    let (issuer_sealed, peers) = match made {
-        Made::Broker(_) => {
-            let key = sha256(&format!("selvedge issuer seal{secret}"));
-            let sealed = issuer.seal_for(&key).map_err(|error| Problem::internal(&error))?;
-            (Some(encoded(&sealed)), peers(&state, made))
-        }
+    let (row, peers) = match made {
+        Made::Broker(node) => (state.broker(*node), peers(&state, made)),
         _ => (None, Vec::new()),
+    };
+    let issuer_sealed = match row.as_ref().is_some_and(|row| row.has(BrokerRole::Issuer)) {
+        true => {
+            let key = sha256(&format!("selvedge issuer seal{secret}"));
+            Some(encoded(&issuer.seal_for(&key).map_err(|error| Problem::internal(&error))?))
+        }
+        false => None,
     };
     let brokers = brokers(context, issuer, &state, now_ms)?;
     Ok(Enrolled {
@@ -273,6 +282,7 @@ async fn answer(
         hold_ms: cluster.hold_ms,
         issuer_sealed,
         peers,
+        roles: row.iter().flat_map(|row| row.roles().map(BrokerRole::name)).collect(),
     })
 }
 
@@ -320,9 +330,8 @@ fn peers(state: &Applied, made: &Made) -> Vec<PeerView> {
 }
 
 /// This broker is no issuer: names those that are.
-fn elsewhere(state: &Applied) -> Problem {
-    let issuers =
-        state.rows::<Broker>().filter(|broker| !broker.removed && broker.roles().any(|r| r == BrokerRole::Issuer));
+pub(super) fn elsewhere(state: &Applied) -> Problem {
+    let issuers = state.rows::<Broker>().filter(|broker| !broker.removed && broker.has(BrokerRole::Issuer));
     let addresses: Vec<_> = issuers.map(|broker| format!("`{}` ({})", broker.name, broker.web)).collect();
     let at = if addresses.is_empty() { "no broker is one".to_owned() } else { addresses.join(", ") };
     Problem::unavailable("no_issuer", format!("this broker signs no certificates; issuers: {at}"))

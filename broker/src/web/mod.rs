@@ -18,6 +18,7 @@ mod listener;
 mod metrics;
 pub mod openapi;
 mod problem;
+mod renew;
 mod router;
 mod scim;
 #[cfg(test)]

@@ -14,7 +14,7 @@ use super::auth::{self, Need};
 use super::input::BodyLimit;
 use super::listener::Source;
 use super::metrics::{REQUEST_SECONDS, REQUESTS_REFUSED_TOTAL, REQUESTS_TOTAL};
-use super::{Context, Problem, api, enrol, scim};
+use super::{Context, Problem, api, enrol, renew, scim};
 
 /// Bytes of an enrolment's body.
 pub const ENROL_BODY_BYTES_MAX: usize = 64 * 1024;
@@ -53,10 +53,11 @@ struct Guard {
 /// Everything that is served.
 pub(super) fn router(context: Arc<Context>) -> Router {
     let mut router = Router::new();
-    let surfaces: [(Vec<Route>, usize, Shape); 3] = [
+    let surfaces: [(Vec<Route>, usize, Shape); 4] = [
         (api::routes().into_iter().map(|route| route.route).collect(), ADMIN_BODY_BYTES_MAX, Problem::into_response),
         (scim::routes(), SCIM_BODY_BYTES_MAX, scim::problem),
         (enrol::routes(), ENROL_BODY_BYTES_MAX, Problem::into_response),
+        (renew::routes(), ENROL_BODY_BYTES_MAX, Problem::into_response),
     ];
     for (routes, limit_bytes, shape) in surfaces {
         for route in routes {

@@ -9,10 +9,11 @@ use axum::Router;
 use axum::body::Body;
 use axum::http::{Request, Response, StatusCode, header};
 use http_body_util::BodyExt as _;
-use selvedge_cluster::{Blocking, Cluster, LogLimits, NothingToEnforce, Options, Preset, SystemClock, Tls};
+use selvedge_cluster::{Blocking, Cluster, LogLimits, NothingToEnforce, Options, Preset, ShiftedClock, Tls};
 use selvedge_domain::command::{CertificateIssued, InitCluster, PutBroker, Subject};
-use selvedge_domain::rows::BrokerRole;
-use selvedge_domain::{Asker, Body as Asked};
+use selvedge_domain::rows::{BrokerRole, Token};
+use selvedge_domain::state::IndexKey;
+use selvedge_domain::{Actor, Asker, Body as Asked, Credential};
 use selvedge_proto::identity::Kind;
 use selvedge_proto::tls::{self, Identity, NotBefore};
 use selvedge_storage::DataDir;
@@ -33,6 +34,7 @@ pub(crate) const OWNER: &str = "svt_the-first-owner-of-this-house";
 
 pub(crate) struct House {
     pub(crate) context: Arc<Context>,
+    pub(crate) clock: Arc<ShiftedClock>,
     router: Router,
     journal: Arc<Journal>,
     _dir: TempDir,
@@ -71,6 +73,7 @@ impl House {
         let identity = Identity::from_pem(&format!("{}{}", issued.chain_pem, *key)).unwrap();
         let journal = journal(dir.path(), &data);
         let time = tls::system_time();
+        let clock = Arc::new(ShiftedClock::default());
         let cluster = Cluster::start(Options {
             dir: data,
             cluster_id: CLUSTER_ID,
@@ -80,7 +83,7 @@ impl House {
                 Arc::new(tls::peer_server(&identity, &anchors, NotBefore::judged(), &time).unwrap()),
                 Arc::new(tls::peer_client(&identity, &anchors, None, NotBefore::judged(), &time).unwrap()),
             ),
-            clock: SystemClock::shared(),
+            clock: clock.clone(),
             seed: None,
             blocking: Blocking::Threads,
             enforcer: Arc::new(NothingToEnforce),
@@ -102,7 +105,7 @@ impl House {
             anchors,
         });
         let router = router::router(context.clone());
-        (Self { context, router, journal, _dir: dir }, issued)
+        (Self { context, clock, router, journal, _dir: dir }, issued)
     }
 
     /// A broker that is a cluster.
@@ -150,6 +153,17 @@ impl House {
         Got { status: parts.status, headers: parts.headers, text: String::from_utf8(bytes.to_vec()).unwrap() }
     }
 
+    /// An answer whose body has not ended.
+    pub(super) async fn open(&self, path: &str, token: &str) -> Body {
+        let mut request = Request::get(path).header(header::HOST, "web.demo.test");
+        request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
+        let mut request = request.body(Body::empty()).unwrap();
+        request.extensions_mut().insert(Source(([127, 0, 0, 1], 4_000).into()));
+        let response = self.router.clone().oneshot(request).await.unwrap();
+        assert_eq!(response.status(), StatusCode::OK);
+        response.into_body()
+    }
+
     pub(super) async fn call(&self, method: &str, path: &str, token: &str, body: impl Into<Option<Value>>) -> Got {
         self.call_with(method, path, token, body, &[]).await
     }
@@ -171,6 +185,13 @@ impl House {
         }
         let body = body.into().map(|body: Value| body.to_string()).unwrap_or_default();
         self.send(request.body(Body::from(body)).unwrap()).await
+    }
+
+    /// A command that the first owner asks for.
+    pub(super) async fn as_owner(&self, body: Asked) {
+        let owner = self.context.cluster.state().find::<Token>(IndexKey::name("owner")).unwrap();
+        let asker = Asker::holder(Actor::token(owner.id(), owner.generation), Credential::new(OWNER));
+        self.context.cluster.propose(asker, body, None).await.unwrap();
     }
 
     pub(super) async fn token(&self, role: &str) -> String {

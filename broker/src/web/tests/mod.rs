@@ -1,6 +1,8 @@
 //! The web listener over a real cluster of one broker, with its own issuer and audit journal.
 
+mod follow;
 pub(crate) mod house;
+mod renew;
 
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -24,7 +26,11 @@ use crate::issuer::Seal;
 use house::{DOMAIN, House, OWNER};
 
 fn csr() -> Value {
-    STANDARD.encode(tls::new_key_and_csr().unwrap().1).into()
+    csr_of(&tls::new_key_and_csr().unwrap().1)
+}
+
+fn csr_of(der: &[u8]) -> Value {
+    STANDARD.encode(der).into()
 }
 
 fn disable() -> Value {
