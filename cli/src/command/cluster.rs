@@ -1,21 +1,30 @@
 //! `selvedge cluster`: making and joining a cluster on this machine, and seeing and changing it through the API.
 
-use std::path::PathBuf;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use base64::Engine as _;
 use reqwest::Method;
-use selvedge_broker::config::Config;
+use selvedge_broker::config::{Config, Valid};
 use selvedge_broker::node::{self, InitOptions, JoinReply, Seed};
 use selvedge_connector::enrol::{self, Secret};
+use selvedge_domain::rows::BrokerRole;
+use selvedge_proto::identity::Anchors;
 use selvedge_proto::private_file;
 use serde_json::{Value, json};
 
+use super::config::OfBroker;
 use crate::api::{Client, Wait};
 use crate::args::Global;
+use crate::context::Contexts;
 use crate::{duration, output};
+
+/// What a learner is for unless it is said.
+const LEARNER_ROLES: &str = "issuer,web,edge";
+const POLL: Duration = Duration::from_millis(500);
 
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
@@ -23,19 +32,36 @@ pub enum Command {
     Init(Init),
     /// Make this machine a broker of a cluster that runs; `selvedge broker` then starts it
     Join(Join),
+    /// Make a join token, with which one machine becomes a broker; it is shown once
+    Token(Token),
+    /// Make a join token for a broker that follows without a vote until it is promoted
+    AddLearner(Token),
+    /// Let a new broker take the place of one that is gone; run it again if it was cut short
+    Replace(Replace),
     /// Members, roles, regions, leader, term, applied index, lag
     Status {
         /// JSON
         #[arg(long)]
         json: bool,
     },
-    /// Take no new sessions on a broker
+    /// Say what is wrong with the broker on this machine, whether it runs or not; exits 1 with warnings, 2 with errors
+    Doctor(super::doctor::Args),
+    /// Take no new sessions on a broker, send its clients elsewhere, and wait until its sessions have ended
+    ///
+    /// What is left of them at the deadline is cut. The drain goes on when this command is ended, and when the broker is
+    /// started again, until `--undo`.
     Drain {
         /// Name or node id
         broker: String,
+        /// Sessions have so long to end
+        #[arg(long, value_parser = duration::parse, default_value = "8h")]
+        deadline: Duration,
         /// End draining
-        #[arg(long)]
+        #[arg(long, conflicts_with = "deadline")]
         undo: bool,
+        /// Come back at once, not when the sessions have ended
+        #[arg(long)]
+        detach: bool,
         /// How far to wait
         #[arg(long, value_enum, default_value_t)]
         wait: Wait,
@@ -43,12 +69,12 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Make a learner a voter
+    /// Make a learner a voter, once it has caught up
     Promote {
         /// Name or node id
         broker: String,
     },
-    /// Remove a broker for ever
+    /// Remove a broker for ever; leadership is handed over before
     Remove {
         /// Name or node id
         broker: String,
@@ -81,9 +107,8 @@ pub enum Command {
 
 #[derive(Debug, clap::Args)]
 pub struct Init {
-    /// Configuration of this broker (TOML)
-    #[arg(long, value_name = "FILE")]
-    config: PathBuf,
+    #[command(flatten)]
+    of: OfBroker,
     /// Trust domain of every identity, e.g. `example.com`; it never changes
     #[arg(long, value_name = "DOMAIN")]
     trust_domain: String,
@@ -103,10 +128,9 @@ pub struct Init {
 
 #[derive(Debug, clap::Args)]
 pub struct Join {
-    /// Configuration of this broker (TOML)
-    #[arg(long, value_name = "FILE")]
-    config: PathBuf,
-    /// Join token: `selvedge key create --kind broker` makes one; `-` reads it from standard input
+    #[command(flatten)]
+    of: OfBroker,
+    /// Join token: `selvedge cluster token` makes one; `-` reads it from standard input
     #[arg(long, env = "SELVEDGE_JOIN_TOKEN", hide_env_values = true)]
     token: String,
     /// Web listener of a broker that is an issuer
@@ -117,20 +141,79 @@ pub struct Join {
     json: bool,
 }
 
+#[derive(Debug, clap::Args)]
+pub struct Token {
+    /// For people
+    #[arg(long, default_value = "join")]
+    name: String,
+    /// What the broker is for: `voter`, `issuer`, `web` and `edge`, with commas between them; by default all
+    #[arg(long, value_name = "ROLES")]
+    roles: Option<String>,
+    /// How long it is valid
+    #[arg(long, value_parser = duration::parse, default_value = "1h")]
+    life: Duration,
+    /// JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(group(clap::ArgGroup::new("new").required(true).args(["config", "by"])))]
+pub struct Replace {
+    /// Name or node id of the broker that is gone
+    broker: String,
+    /// Configuration (TOML) of the new broker, on its own machine: it joins with the roles of the old one
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Name or node id of a broker that has joined already
+    #[arg(long, value_name = "BROKER")]
+    by: Option<String>,
+    /// Web listener of a broker that is an issuer; the first of the context's endpoints when not given
+    #[arg(long, value_name = "HOST:PORT")]
+    via: Option<String>,
+    /// How long to wait for the new broker to be started
+    #[arg(long, value_parser = duration::parse, default_value = "10m")]
+    wait: Duration,
+}
+
 pub async fn run(command: Command, global: &Global) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Init(init) => return make(init),
-        Command::Join(args) => return join(args).await,
+        Command::Init(init) => return make(init, global),
+        Command::Join(args) => return join(args, global).await,
+        Command::Token(Token { name, roles, life, json }) => {
+            return super::keys::join_token(name, roles.unwrap_or_default(), life, json, global).await;
+        }
+        Command::AddLearner(Token { name, roles, life, json }) => {
+            let roles = roles.unwrap_or_else(|| LEARNER_ROLES.to_owned());
+            if roles.split(',').any(|role| role.trim() == "voter") {
+                bail!("a learner has no vote; `selvedge cluster token` makes a token for a voter");
+            }
+            return super::keys::join_token(name, roles, life, json, global).await;
+        }
+        Command::Replace(args) => return replace(args, global).await,
+        Command::Doctor(args) => return super::doctor::run(args, global).await,
         Command::Status { json } => return status(&super::client(global)?, json).await,
         _ => {}
     }
     let client = super::client(global)?;
     match command {
-        Command::Init(_) | Command::Join(_) | Command::Status { .. } => Ok(ExitCode::SUCCESS),
-        Command::Drain { broker, undo, wait, json } => {
-            let path = format!("/api/v1/cluster/brokers/{}/drain", node_of(&client, &broker).await?);
-            let answer = client.change(Method::POST, &path, &json!({ "draining": !undo }), wait).await?;
-            super::changed(&answer, if undo { "takes sessions again" } else { "drains" }, json)
+        Command::Init(_)
+        | Command::Join(_)
+        | Command::Token(_)
+        | Command::AddLearner(_)
+        | Command::Replace(_)
+        | Command::Doctor(_)
+        | Command::Status { .. } => Ok(ExitCode::SUCCESS),
+        Command::Drain { broker, deadline, undo, detach, wait, json } => {
+            let node = node_of(&client, &broker).await?;
+            let path = format!("/api/v1/cluster/brokers/{node}/drain");
+            let deadline_ms = (!undo).then(|| u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX));
+            let body = json!({ "draining": !undo, "deadline_ms": deadline_ms });
+            let answer = client.change(Method::POST, &path, &body, wait).await?;
+            if undo || detach {
+                return super::changed(&answer, if undo { "takes sessions again" } else { "drains" }, json);
+            }
+            drained(&client, &node, json).await
         }
         Command::Promote { broker } => {
             let path = format!("/api/v1/cluster/brokers/{}/promote", node_of(&client, &broker).await?);
@@ -164,8 +247,8 @@ fn ms(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-fn make(init: Init) -> anyhow::Result<ExitCode> {
-    let config = Config::load(&init.config)?;
+fn make(init: Init, global: &Global) -> anyhow::Result<ExitCode> {
+    let config = init.of.load(global)?.config;
     if let Some(path) = init.root_key_out.as_ref().filter(|path| path.exists()) {
         bail!("`{}` is there already", path.display());
     }
@@ -202,40 +285,115 @@ fn make(init: Init) -> anyhow::Result<ExitCode> {
         }
         (None, None) => {}
     }
-    output::line(format_args!("next     selvedge broker --config {}", init.config.display()))?;
+    output::line(format_args!("next     selvedge broker --config {}", init.of.config.display()))?;
     Ok(ExitCode::SUCCESS)
 }
 
-async fn join(args: Join) -> anyhow::Result<ExitCode> {
-    let config = Config::load(&args.config)?;
+async fn join(args: Join, global: &Global) -> anyhow::Result<ExitCode> {
+    let config = args.of.load(global)?.config;
     let token = super::context::secret(&args.token)?;
-    let secret = Secret::parse(&token)?;
-    let request = node::join_request(&config)?;
-    let answer = enrol::exchange(&args.via, &secret, "broker", &config.name, &request.csr, Some(request.node)).await?;
+    let (node, anchors) = join_with(&config, &token, &args.via).await?;
+    if args.json {
+        output::json(&json!({ "node": node.to_string(), "cluster_id": hex::encode(anchors.cluster_id()) }))?;
+    } else {
+        output::line(format_args!(
+            "joined as node {node}\nnext  selvedge broker --config {}",
+            args.of.config.display()
+        ))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Shows a join token to an issuer and keeps what it answers; a second try is answered the same.
+async fn join_with(config: &Valid<Config>, token: &str, via: &str) -> anyhow::Result<(u64, Anchors)> {
+    let secret = Secret::parse(token)?;
+    let request = node::join_request(config)?;
+    let answer = enrol::exchange(via, &secret, "broker", &config.name, &request.csr, Some(request.node)).await?;
     let issuer_sealed = answer.issuer_sealed.as_deref().map(|sealed| base64::prelude::BASE64_STANDARD.decode(sealed));
     let seeds = answer.peers.iter().map(seed).collect::<anyhow::Result<Vec<_>>>()?;
     if seeds.is_empty() {
-        bail!("`{}` names no broker to join", args.via);
+        bail!("`{via}` names no broker to join");
     }
+    let roles = BrokerRole::parse_list(&answer.roles.join(",")).context("the roles that were given cannot be read")?;
     let reply = JoinReply {
         chain_pem: answer.chain.concat(),
         anchors: answer.anchors,
         issuer_sealed: issuer_sealed.transpose().context("the issuer's sealed keys cannot be read")?,
         seeds,
+        roles,
     };
-    node::join_complete(&config, &request, &reply, secret.text())?;
-    if args.json {
-        output::json(
-            &json!({ "node": request.node.to_string(), "cluster_id": hex::encode(reply.anchors.cluster_id()) }),
-        )?;
-    } else {
-        output::line(format_args!(
-            "joined as node {}\nnext  selvedge broker --config {}",
-            request.node,
-            args.config.display()
-        ))?;
+    node::join_complete(config, &request, &reply, secret.text())?;
+    Ok((request.node, reply.anchors))
+}
+
+/// Join, promote, remove: each step is left out when it is done already.
+async fn replace(args: Replace, global: &Global) -> anyhow::Result<ExitCode> {
+    let client = super::client(global)?;
+    let view: Value = client.read("/api/v1/cluster", &[]).await?;
+    let here = args.config.as_deref().map(Config::load).transpose()?.map(|config| node::member(&config)).transpose()?;
+    let here = here.flatten().map(|node| node.to_string());
+    let named = |row: &&Value| row["name"] == *args.broker || row["node"] == *args.broker;
+    // The new one may have the old one's name. One that is removed already is found too, so that a second run ends what
+    // the first began.
+    let others = brokers(&view).filter(named).filter(|row| row["node"].as_str() != here.as_deref());
+    let row = others.max_by_key(|row| (row["removed"] == false, row["joined_ms"].as_u64()));
+    let row = row.with_context(|| format!("there is no broker `{}`", args.broker))?;
+    let old = row["node"].as_str().unwrap_or_default();
+    let new = match (here, &args.config, &args.by) {
+        (Some(node), ..) => node,
+        (None, Some(path), _) => join_in_place(&client, path, args.via.as_deref(), row, global).await?,
+        (None, None, Some(by)) => node_of(&client, by).await?,
+        (None, None, None) => bail!("the new broker is named by `--config` or `--by`"),
+    };
+    if new == old {
+        bail!("a broker cannot take its own place");
     }
+    let has_started = |view: &Value| brokers(view).any(|row| row["node"] == *new && row["raft"] != "none");
+    wait_for(&client, args.wait, has_started).await.with_context(|| format!("node {new} was not started"))?;
+    output::line(format_args!("node {new} is a member"))?;
+    if row["roles"].as_array().is_some_and(|roles| roles.iter().any(|role| role == "voter")) {
+        let path = format!("/api/v1/cluster/brokers/{new}/promote");
+        client.change(Method::POST, &path, &Value::Null, Wait::Committed).await?;
+        output::line(format_args!("node {new} votes"))?;
+    }
+    let path = format!("/api/v1/cluster/brokers/{old}");
+    client.change(Method::DELETE, &path, &Value::Null, Wait::Committed).await?;
+    output::line(format_args!("node {old} is removed"))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Joins this machine's broker with the roles of the old one.
+async fn join_in_place(
+    client: &Client,
+    path: &Path,
+    via: Option<&str>,
+    old: &Value,
+    global: &Global,
+) -> anyhow::Result<String> {
+    let config = Config::load(path)?;
+    let roles: Vec<_> = old["roles"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    let name = format!("replace {}", output::cell(old.get("name")));
+    let token = super::keys::new_join_token(client, &name, &roles.join(",")).await?;
+    let endpoint = Contexts::resolve(global)?.endpoints.into_iter().next();
+    let endpoint = endpoint.map(|url| url.trim_start_matches("https://").trim_end_matches('/').to_owned());
+    let via = via.map(str::to_owned).or(endpoint).context("no endpoint is known: give `--via`")?;
+    let (node, _) = join_with(&config, &token, &via).await?;
+    output::line(format_args!("joined as node {node}\nnow start it: selvedge broker --config {}", path.display()))?;
+    Ok(node.to_string())
+}
+
+async fn wait_for(client: &Client, within: Duration, is: impl Fn(&Value) -> bool) -> anyhow::Result<()> {
+    let deadline = tokio::time::Instant::now() + within;
+    loop {
+        // One that does not answer now may answer later.
+        if client.read::<Value>("/api/v1/cluster", &[]).await.is_ok_and(|view| is(&view)) {
+            return Ok(());
+        }
+        if tokio::time::Instant::now() >= deadline {
+            bail!("not within {} s; run the command again", within.as_secs());
+        }
+        tokio::time::sleep(POLL).await;
+    }
 }
 
 fn seed(peer: &Value) -> anyhow::Result<Seed> {
@@ -251,6 +409,44 @@ fn seed(peer: &Value) -> anyhow::Result<Seed> {
 }
 
 /// The node id of a broker that is written by name or node id.
+/// Waits until a broker that drains has no session left, and says how many were cut.
+async fn drained(client: &Client, node: &str, as_json: bool) -> anyhow::Result<ExitCode> {
+    let (mut heard, mut said) = (Instant::now(), None);
+    loop {
+        let view: Value = client.read("/api/v1/cluster", &[]).await?;
+        let row =
+            brokers(&view).find(|row| row["node"] == node).with_context(|| format!("there is no broker `{node}`"))?;
+        anyhow::ensure!(row["draining"] == true, "somebody ended the drain");
+        if let (Some(true), Some(sessions)) = (row["drains"].as_bool(), row["sessions"].as_u64()) {
+            heard = Instant::now();
+            if sessions == 0 {
+                let cut = row["sessions_cut"].as_u64().unwrap_or(0);
+                if as_json {
+                    output::json(&json!({ "node": node, "sessions_cut": cut }))?;
+                } else {
+                    output::line(format_args!("drained sessions_cut={cut}"))?;
+                }
+                return Ok(ExitCode::SUCCESS);
+            }
+            if said.replace(sessions) != Some(sessions) {
+                let until = row["drain_until_ms"].as_u64().map(output::moment).unwrap_or_default();
+                // A terminal that is gone is told nothing; the drain goes on.
+                let _ = writeln!(std::io::stderr(), "{sessions} sessions are left; they have until {until}");
+            }
+        }
+        anyhow::ensure!(
+            heard.elapsed() < UNHEARD_MAX,
+            "the broker is not heard any more; its drain goes on when it is back"
+        );
+        tokio::time::sleep(LOOK_INTERVAL).await;
+    }
+}
+
+/// Between two looks at a broker that drains.
+const LOOK_INTERVAL: Duration = Duration::from_millis(500);
+/// A broker that drains and was not heard for so long is given up.
+const UNHEARD_MAX: Duration = Duration::from_secs(15);
+
 async fn node_of(client: &Client, broker: &str) -> anyhow::Result<String> {
     if broker.chars().all(|c| c.is_ascii_digit()) {
         return Ok(broker.to_owned());

@@ -3,10 +3,11 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use crate::api::Wait;
+use crate::api::{Client, Wait};
 use crate::args::Global;
 use crate::{duration, output};
 
@@ -155,7 +156,7 @@ pub enum Key {
         /// What it makes
         #[arg(long, value_enum)]
         kind: Kind,
-        /// Connector group, workload, or `userName` (`directory/userName`); nothing for brokers
+        /// Connector group, workload, `userName` (`directory/userName`), or for brokers their roles; all when not given
         #[arg(long, default_value = "")]
         target: String,
         /// For people; the target when not given
@@ -235,6 +236,24 @@ pub enum Code {
 pub async fn code(command: Code, global: &Global) -> anyhow::Result<ExitCode> {
     let Code::Create { user, life, json } = command;
     create(Kind::Device, user, None, 1, life, json, global).await
+}
+
+/// A join token, printed.
+pub(super) async fn join_token(
+    name: String,
+    roles: String,
+    life: Duration,
+    json: bool,
+    global: &Global,
+) -> anyhow::Result<ExitCode> {
+    create(Kind::Broker, roles, Some(name), 1, life, json, global).await
+}
+
+/// A join token for one broker that joins at once.
+pub(super) async fn new_join_token(client: &Client, name: &str, roles: &str) -> anyhow::Result<String> {
+    let body = json!({ "kind": "broker", "name": name, "target": roles, "uses": 1, "life_s": 600 });
+    let answer = client.change(Method::POST, "/api/v1/keys", &body, Wait::Committed).await?;
+    answer["secret"].as_str().map(str::to_owned).context("the answer has no secret")
 }
 
 async fn create(

@@ -137,6 +137,17 @@ fn assert_silent(edge: SocketAddr, what: &str, send: impl FnOnce(&mut TcpStream)
     assert!(!open, "{what}: still open after {:?}", begun.elapsed());
 }
 
+/// A stranger's bytes are closed without an answer, but for an alert of TLS.
+pub fn assert_closed(address: SocketAddr) {
+    let mut stream = TcpStream::connect(address).expect("a listener");
+    stream.set_read_timeout(Some(SILENCE_MAX)).expect("a timeout");
+    let _ = stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n");
+    let mut answer = Vec::new();
+    let ended = stream.read_to_end(&mut answer);
+    assert!(answer.len() < 64 && !answer.starts_with(b"HTTP"), "{answer:?}");
+    assert!(!ended.is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock), "still open");
+}
+
 /// A real ClientHello with these protocol names.
 fn client_hello(alpn: &[&[u8]]) -> Vec<u8> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());

@@ -3,8 +3,10 @@
 mod access;
 mod bad_input;
 mod commands;
+mod drain;
 mod durability;
 mod front_ends;
+mod membership;
 mod installation;
 mod machines;
 mod operators;

@@ -85,7 +85,8 @@ impl World {
         world
     }
 
-    fn add_broker(&mut self, number: usize) {
+    /// Configures broker `b<number>`, which belongs to no cluster yet.
+    pub fn add_broker(&mut self, number: usize) {
         let [edge, web, peer, ops] = free_ports();
         let name = format!("b{number}");
         let config = self.path(&format!("{name}.toml"));
@@ -145,6 +146,29 @@ impl World {
             child.kill().expect("the broker runs");
             child.wait().expect("a killed child ends");
         }
+    }
+
+    /// SIGTERM: it stops in its own time.
+    pub fn ask_broker_to_stop(&mut self, number: usize) {
+        let pid = i32::try_from(self.broker_pid(number)).ok().and_then(rustix::process::Pid::from_raw);
+        let signal = rustix::process::Signal::TERM;
+        rustix::process::kill_process(pid.expect("a process id"), signal).expect("the broker runs");
+    }
+
+    /// Waits until a broker that was asked to stop has ended, in order.
+    pub fn wait_stopped(&mut self, number: usize) {
+        let mut child = self.brokers[number].process.take().expect("the broker runs");
+        let mut ended = None;
+        wait("the broker stops", || {
+            ended = child.try_wait().expect("our child");
+            ended.is_some()
+        });
+        assert!(ended.is_some_and(|status| status.success()), "{ended:?}");
+    }
+
+    /// What a broker has written to its log.
+    pub fn log_of(&self, number: usize) -> String {
+        std::fs::read_to_string(self.path(&format!("{}.log", self.brokers[number].name))).expect("a log file")
     }
 
     /// Process id of a running broker.

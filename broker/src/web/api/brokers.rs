@@ -1,12 +1,14 @@
 //! The cluster and its brokers.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
-use selvedge_domain::command::Body;
+use selvedge_domain::command::{Body, PutBroker};
+use selvedge_domain::limits::DRAIN_MS_DEFAULT;
 use selvedge_domain::rows::{Broker, BrokerRole};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -16,6 +18,10 @@ use crate::web::auth::Caller;
 use crate::web::change::{ChangedInfo, Wanted};
 use crate::web::input::Input;
 use crate::web::{Context, Problem};
+
+/// A leader that is to be removed has so long to hand over.
+const HAND_OVER_WAIT: Duration = Duration::from_secs(10);
+const HAND_OVER_POLL: Duration = Duration::from_millis(50);
 
 /// The cluster as the answering broker sees it.
 #[derive(Serialize, ToSchema)]
@@ -40,6 +46,8 @@ pub(super) struct ClusterView {
     lease_ms: u64,
     /// Hold, milliseconds.
     hold_ms: u64,
+    /// How long the event journal is kept, milliseconds.
+    journal_keep_ms: u64,
     /// Cluster time, milliseconds.
     now_ms: u64,
     /// Node id of the answering broker.
@@ -87,8 +95,16 @@ pub(super) struct BrokerView {
     leader: bool,
     /// It answered this request.
     this: bool,
-    /// It takes no new sessions.
+    /// It was told to take no new sessions.
     draining: bool,
+    /// When what is left of its sessions is cut, cluster time in milliseconds.
+    drain_until_ms: Option<u64>,
+    /// It takes no new sessions, as it says itself; unknown when it was not heard lately, like the next two.
+    drains: Option<bool>,
+    /// Sessions that it stitches.
+    sessions: Option<u64>,
+    /// Sessions that were cut since it began to drain.
+    sessions_cut: Option<u64>,
     /// It was removed for ever.
     removed: bool,
     /// Entries that its log is behind; known to the leader only.
@@ -105,10 +121,11 @@ pub(super) async fn show(State(context): State<Arc<Context>>) -> Json<ClusterVie
     let (status, state) = (context.cluster.status(), context.cluster.state());
     let cluster = state.cluster().unwrap_or_default();
     let broker = |row: Broker| {
+        let load = context.routing.as_ref().and_then(|routing| routing.load(row.node));
         let member = status.members.iter().find(|member| member.node == row.node);
         BrokerView {
             node: row.node.to_string(),
-            roles: row.roles().filter_map(role_name).collect(),
+            roles: row.roles().map(BrokerRole::name).collect(),
             raft: member.map_or("none", |member| if member.voter { "voter" } else { "learner" }),
             leader: status.leader == Some(row.node),
             this: status.node == row.node,
@@ -121,13 +138,18 @@ pub(super) async fn show(State(context): State<Arc<Context>>) -> Json<ClusterVie
             web: row.web,
             peer: row.peer,
             draining: row.draining,
+            drain_until_ms: row.draining.then_some(row.drain_until_ms),
+            drains: load.map(|load| load.draining),
+            sessions: load.map(|load| load.sessions),
+            sessions_cut: load.map(|load| load.sessions_cut),
             removed: row.removed,
             joined_ms: row.joined_ms,
         }
     };
     Json(ClusterView {
+        journal_keep_ms: cluster.journal_keep_ms(),
         cluster_id: hex::encode(&cluster.cluster_id),
-        trust_domain: cluster.trust_domain,
+        trust_domain: cluster.trust_domain.clone(),
         pin: context.anchors.pin().to_string(),
         version: cluster.version,
         epoch: status.epoch,
@@ -149,27 +171,19 @@ pub(super) async fn show(State(context): State<Arc<Context>>) -> Json<ClusterVie
     })
 }
 
-fn role_name(role: BrokerRole) -> Option<&'static str> {
-    match role {
-        BrokerRole::Unspecified => None,
-        BrokerRole::Voter => Some("voter"),
-        BrokerRole::Issuer => Some("issuer"),
-        BrokerRole::Web => Some("web"),
-        BrokerRole::Edge => Some("edge"),
-    }
-}
-
-/// Lease and hold of the cluster.
+/// What the whole cluster is set to. What is absent stays as it is.
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Settings {
     /// Freshness lease, milliseconds.
-    lease_ms: u64,
+    lease_ms: Option<u64>,
     /// Hold, milliseconds.
-    hold_ms: u64,
+    hold_ms: Option<u64>,
+    /// How long the event journal is kept, milliseconds.
+    journal_keep_ms: Option<u64>,
 }
 
-/// Changes lease and hold.
+/// Changes settings of the cluster: lease and hold, or how long events are kept.
 #[utoipa::path(put, path = "/api/v1/cluster/settings", tag = "cluster", request_body = Settings,
     responses((status = 200, body = ChangedInfo), (status = 422, body = Problem)))]
 pub(super) async fn settings(
@@ -178,7 +192,15 @@ pub(super) async fn settings(
     wanted: Wanted,
     Input(settings): Input<Settings>,
 ) -> Result<Response, Problem> {
-    let body = Body::PutSettings { lease_ms: settings.lease_ms, hold_ms: settings.hold_ms };
+    let now = context.cluster.state().cluster().unwrap_or_default();
+    let body = match settings {
+        Settings { lease_ms: None, hold_ms: None, journal_keep_ms: Some(keep_ms) } => Body::KeepJournal { keep_ms },
+        Settings { lease_ms, hold_ms, journal_keep_ms: None } if lease_ms.or(hold_ms).is_some() => {
+            let (lease_ms, hold_ms) = (lease_ms.unwrap_or(now.lease_ms), hold_ms.unwrap_or(now.hold_ms));
+            Body::PutSettings { lease_ms, hold_ms }
+        }
+        _ => return Err(Problem::invalid("either `lease_ms` and `hold_ms`, or `journal_keep_ms`")),
+    };
     let changed = context.change(&caller, &wanted, "cluster.settings", "cluster", body).await?;
     Ok(changed.answer(StatusCode::OK, changed.info(&context)))
 }
@@ -189,6 +211,8 @@ pub(super) async fn settings(
 pub(super) struct Drain {
     /// It takes no new sessions.
     draining: bool,
+    /// What is left of its sessions after so many milliseconds is cut; 8 hours when absent.
+    deadline_ms: Option<u64>,
 }
 
 /// Begins or ends draining a broker.
@@ -203,30 +227,49 @@ pub(super) async fn drain(
     Input(drain): Input<Drain>,
 ) -> Result<Response, Problem> {
     let action = if drain.draining { "broker.drain" } else { "broker.undrain" };
-    let body = Body::DrainBroker { node: node_of(&node)?, draining: drain.draining };
+    let within_ms = drain.deadline_ms.unwrap_or(DRAIN_MS_DEFAULT);
+    let body = Body::DrainBroker { node: node_of(&node)?, draining: drain.draining, within_ms };
     let changed = context.change(&caller, &wanted, action, &format!("broker/{node}"), body).await?;
     Ok(changed.answer(StatusCode::OK, changed.info(&context)))
 }
 
-/// Makes a learner a voter, once it has caught up.
+/// Makes a learner a voter, once it has caught up, and gives it the role if it lacks it.
 #[utoipa::path(post, path = "/api/v1/cluster/brokers/{node}/promote", tag = "cluster",
     params(("node" = String, Path, description = "node id")),
-    responses((status = 204), (status = 409, body = Problem)))]
+    responses((status = 204), (status = 404, body = Problem), (status = 409, body = Problem)))]
 pub(super) async fn promote(
     State(context): State<Arc<Context>>,
     Path(node): Path<String>,
     caller: Caller,
+    wanted: Wanted,
 ) -> Result<Response, Problem> {
-    let result = context.cluster.promote(node_of(&node)?).await;
+    let number = node_of(&node)?;
+    let row = context.cluster.state().broker(number);
+    let row = row.ok_or_else(|| Problem::not_found(format!("broker `{number}` is not there")))?;
+    if !row.has(BrokerRole::Voter) {
+        let put = PutBroker {
+            node: number,
+            roles: [row.roles.clone(), vec![BrokerRole::Voter as i32]].concat(),
+            name: row.name,
+            region: row.region,
+            host: row.host,
+            edge: row.edge,
+            web: row.web,
+            peer: row.peer,
+        };
+        context.change(&caller, &wanted, "broker.role", &format!("broker/{node}"), Body::PutBroker(put)).await?;
+    }
+    let result = context.cluster.promote(number).await;
     membership_record(&context, &caller, "broker.promote", &node, result.is_ok()).await;
     result?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
-/// Removes a broker for ever: its identity is void at once, and it leaves the membership.
+/// Removes a broker for ever: its identity is void at once, and it leaves the membership. Leadership is handed over
+/// before, if it leads. Asking again goes on where it was cut short.
 #[utoipa::path(delete, path = "/api/v1/cluster/brokers/{node}", tag = "cluster",
     params(("node" = String, Path, description = "node id")),
-    responses((status = 200, body = ChangedInfo), (status = 404, body = Problem)))]
+    responses((status = 200, body = ChangedInfo), (status = 404, body = Problem), (status = 409, body = Problem)))]
 pub(super) async fn remove(
     State(context): State<Arc<Context>>,
     Path(node): Path<String>,
@@ -234,12 +277,39 @@ pub(super) async fn remove(
     wanted: Wanted,
 ) -> Result<Response, Problem> {
     let number = node_of(&node)?;
+    let members = context.cluster.status().members;
+    if members.iter().any(|member| member.node == number && member.voter)
+        && members.iter().filter(|member| member.voter).count() == 1
+    {
+        return Err(Problem::conflict("the last voter cannot be removed"));
+    }
+    if context.cluster.status().leader == Some(number) {
+        let result = hand_over_from(&context, number).await;
+        membership_record(&context, &caller, "cluster.transfer", &node, result.is_ok()).await;
+        result?;
+    }
     let body = Body::RemoveBroker { node: number };
     let changed = context.change(&caller, &wanted, "broker.remove", &format!("broker/{node}"), body).await?;
-    let result = context.cluster.remove(number).await;
-    membership_record(&context, &caller, "broker.leave", &node, result.is_ok()).await;
-    result?;
+    // From here on the others take no call of a broker that removed itself; whoever leads lets go of it.
+    if number != context.cluster.node() {
+        let result = context.cluster.remove(number).await;
+        membership_record(&context, &caller, "broker.leave", &node, result.is_ok()).await;
+        result?;
+    }
     Ok(changed.answer(StatusCode::OK, changed.info(&context)))
+}
+
+/// Hands leadership over to whoever is best, and waits until somebody else leads.
+async fn hand_over_from(context: &Context, leader: u64) -> Result<(), Problem> {
+    context.cluster.transfer_leader(None).await?;
+    let deadline = tokio::time::Instant::now() + HAND_OVER_WAIT;
+    while context.cluster.status().leader.is_none_or(|now| now == leader) {
+        if tokio::time::Instant::now() >= deadline {
+            return Err(Problem::unavailable("no_leader", "leadership was not handed over in time; ask again"));
+        }
+        tokio::time::sleep(HAND_OVER_POLL).await;
+    }
+    Ok(())
 }
 
 /// To whom leadership goes.

@@ -44,8 +44,8 @@ fn row(event: &Event) -> Value {
         }),
         Event::BrokerPut(r) => json!({
             "node": r.node.to_string(), "name": r.name, "region": r.region, "host": r.host, "edge": r.edge,
-            "web": r.web, "peer": r.peer, "roles": r.roles().map(broker_role).collect::<Vec<_>>(),
-            "generation": r.generation, "removed": r.removed, "draining": r.draining, "joined_ms": r.joined_ms,
+            "web": r.web, "peer": r.peer, "roles": r.roles().map(BrokerRole::name).collect::<Vec<_>>(),
+            "generation": r.generation, "removed": r.removed, "draining": r.draining, "drain_until_ms": r.drain_until_ms, "joined_ms": r.joined_ms,
         }),
         Event::RegionPut(r) => json!({
             "id": id(r.id), "name": r.name, "latitude": r.latitude, "longitude": r.longitude,
@@ -128,16 +128,6 @@ fn availability(r: &rows::Availability) -> Value {
         "connector": id(r.connector), "broker": r.broker.to_string(), "stream": r.stream, "up": r.up, "down": r.down,
         "since_ms": r.since_ms,
     })
-}
-
-fn broker_role(role: BrokerRole) -> &'static str {
-    match role {
-        BrokerRole::Unspecified => "none",
-        BrokerRole::Voter => "voter",
-        BrokerRole::Issuer => "issuer",
-        BrokerRole::Web => "web",
-        BrokerRole::Edge => "edge",
-    }
 }
 
 fn table(number: u32) -> &'static str {

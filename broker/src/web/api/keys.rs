@@ -7,7 +7,7 @@ use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::response::Response;
 use selvedge_domain::command::{Body, CreateEnrolKey};
-use selvedge_domain::rows::{ConnectorGroup, EnrolKey, EnrolKind, User, Workload};
+use selvedge_domain::rows::{BrokerRole, ConnectorGroup, EnrolKey, EnrolKind, User, Workload};
 use selvedge_domain::{Id, State as Applied};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -63,7 +63,8 @@ pub(super) struct NewKey {
     kind: Kind,
     /// For people.
     name: String,
-    /// Connector group, workload, or `userName` (`directory/userName` when several directories have it); not for brokers.
+    /// Connector group, workload, or `userName` (`directory/userName` when several directories have it); for brokers their
+    /// roles (`voter,issuer,web,edge`), all when empty.
     #[serde(default)]
     target: String,
     /// How often it may be used.
@@ -104,7 +105,7 @@ pub(super) struct KeyView {
     kind: &'static str,
     /// For people.
     name: String,
-    /// Name of what it is bound to.
+    /// Name of what it is bound to; for brokers their roles.
     target: String,
     /// How often it was used.
     uses: u32,
@@ -130,7 +131,10 @@ pub(super) async fn list(State(context): State<Arc<Context>>) -> Json<KeyList> {
     let view = |key: EnrolKey| KeyView {
         id: key.id().to_string(),
         kind: kind_name(key.kind()),
-        target: target_name(&state, key.kind(), key.target.unwrap_or_default()),
+        target: match key.kind() {
+            EnrolKind::Broker => key.roles().map(BrokerRole::name).collect::<Vec<_>>().join(","),
+            kind => target_name(&state, kind, key.target.unwrap_or_default()),
+        },
         uses: key.uses,
         uses_max: key.uses_max,
         expires_ms: key.expires_ms,
