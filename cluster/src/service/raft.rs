@@ -72,6 +72,24 @@ fn not_beyond(vote: &Vote, id: Option<&wire::LogId>) -> Result<(), Status> {
     }
 }
 
+/// Raft takes it for granted, and a broker would end by anything else.
+fn follow_each_other<'a>(
+    mut before: Option<&'a wire::LogId>,
+    ids: impl Iterator<Item = Option<&'a wire::LogId>>,
+) -> Result<(), Status> {
+    for id in ids {
+        let follows = id.is_some_and(|id| match before {
+            Some(before) => before.index.checked_add(1) == Some(id.index) && id.term >= before.term,
+            None => id.index == 0,
+        });
+        if !follows {
+            return Err(Status::invalid_argument("entries that do not follow each other"));
+        }
+        before = id;
+    }
+    Ok(())
+}
+
 async fn next_chunk(chunks: &mut Streaming<wire::SnapshotChunk>) -> Result<Option<wire::SnapshotChunk>, Status> {
     let next = tokio::time::timeout(SNAPSHOT_IDLE_TIMEOUT, chunks.message()).await;
     next.map_err(|_| Status::deadline_exceeded("the snapshot does not move"))?
@@ -102,9 +120,9 @@ impl raft_server::Raft for RaftService {
         let caller = self.known(&request)?;
         let request = request.into_inner();
         let vote = self.vote_of(&caller, request.vote.as_ref())?;
-        for id in request.entries.iter().map(|entry| entry.id.as_ref()).chain([request.prev.as_ref()]) {
-            not_beyond(&vote, id)?;
-        }
+        let ids = request.entries.iter().map(|entry| entry.id.as_ref());
+        ids.clone().chain([request.prev.as_ref()]).try_for_each(|id| not_beyond(&vote, id))?;
+        follow_each_other(request.prev.as_ref(), ids)?;
         let rpc = AppendEntriesRequest {
             vote,
             prev_log_id: request.prev.as_ref().map(convert::log_id_back),

@@ -1,0 +1,231 @@
+//! What the peer port refuses, with which code, and that the cluster goes on.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use selvedge_cluster::MESSAGE_BYTES_MAX;
+use selvedge_proto::identity::Role;
+use selvedge_proto::peer as wire;
+use selvedge_proto::peer::peer_client::PeerClient;
+use selvedge_proto::peer::raft_client::RaftClient;
+use selvedge_proto::tls::{self, Identity, NotBefore};
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tonic::metadata::MetadataValue;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Request};
+
+use crate::brokers::{Authority, Broker, CLUSTER_ID, Setup, TRUST_DOMAIN, leader_of, until};
+
+/// A caller at a broker's peer port, with any certificate and any claim.
+#[derive(Clone)]
+struct Stranger {
+    channel: Channel,
+    cluster: [u8; 16],
+    node: u64,
+    epoch: u32,
+}
+
+impl Stranger {
+    fn new(to: &Broker, authority: &Authority, identity: &Identity, node: u64) -> Self {
+        let config = tls::peer_client(identity, &authority.anchors, None, NotBefore::judged(), &tls::system_time());
+        let (connector, address) = (TlsConnector::from(Arc::new(config.unwrap())), to.address.clone());
+        let connect = move |_| {
+            let (connector, address) = (connector.clone(), address.clone());
+            async move {
+                let stream = TcpStream::connect(address).await?;
+                let stream = connector.connect("127.0.0.1".try_into().unwrap(), stream).await?;
+                Ok::<_, io::Error>(TokioIo::new(stream))
+            }
+        };
+        let channel = Endpoint::from_static("http://broker").connect_with_connector_lazy(tower::service_fn(connect));
+        Self { channel, cluster: CLUSTER_ID, node, epoch: 1 }
+    }
+
+    fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        let metadata = request.metadata_mut();
+        metadata.insert("selvedge-cluster", hex(&self.cluster).parse().unwrap());
+        metadata.insert("selvedge-node", MetadataValue::from(self.node));
+        metadata.insert("selvedge-epoch", MetadataValue::from(self.epoch));
+        request.set_timeout(Duration::from_secs(10));
+        request
+    }
+
+    async fn clock(&self) -> Result<(), tonic::Status> {
+        PeerClient::new(self.channel.clone()).clock(self.request(wire::ClockRequest {})).await.map(drop)
+    }
+
+    fn raft(&self) -> RaftClient<Channel> {
+        RaftClient::new(self.channel.clone()).max_encoding_message_size(usize::MAX)
+    }
+
+    async fn greet(&self) {
+        self.raft().greet(self.request(wire::GreetRequest::default())).await.unwrap();
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn refusal<T: std::fmt::Debug>(result: Result<T, tonic::Status>, code: Code, says: &str) {
+    let status = result.unwrap_err();
+    assert_eq!(status.code(), code, "{status}");
+    assert!(status.message().contains(says), "{status}");
+}
+
+async fn goes_on(brokers: &[Broker], name: &str) {
+    brokers[leader_of(brokers).await].create_token(name).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_is_of_this_cluster_and_epoch_and_of_the_certificates_node() {
+    let setup = Setup::new();
+    let brokers = [setup.first().await];
+    let member = setup.authority.broker(77);
+    let honest = Stranger::new(&brokers[0], &setup.authority, &member, 77);
+    honest.clock().await.unwrap();
+    let denied = Code::PermissionDenied;
+    refusal(Stranger { cluster: [8; 16], ..honest.clone() }.clock().await, denied, "another cluster");
+    refusal(Stranger { epoch: 9, ..honest.clone() }.clock().await, denied, "another epoch");
+    refusal(Stranger { node: brokers[0].node, ..honest.clone() }.clock().await, denied, "the call claims");
+    let unsaid = PeerClient::new(honest.channel.clone()).clock(wire::ClockRequest {}).await;
+    refusal(unsaid, denied, "whose it is");
+    // It is a broker by its certificate, and nobody ever enrolled it.
+    let join = wire::JoinRequest { address: "127.0.0.1:9".to_owned() };
+    let reply = PeerClient::new(honest.channel.clone()).join(honest.request(join)).await.unwrap().into_inner();
+    let Some(wire::change_reply::Result::Later(why) | wire::change_reply::Result::Failed(why)) = reply.result else {
+        panic!("it joined");
+    };
+    assert!(why.contains("never enrolled"), "{why}");
+    assert_eq!(brokers[0].cluster.status().members.len(), 1);
+    goes_on(&brokers, "after").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_that_are_no_brokers_shake_no_hands() {
+    let setup = Setup::new();
+    let brokers = [setup.first().await];
+    let node = brokers[0].node;
+    let other = Authority::new(CLUSTER_ID);
+    let broker_id = format!("spiffe://{TRUST_DOMAIN}/broker/{node}");
+    let table = [
+        ("a client", setup.authority.certify(Role::Clients, &format!("spiffe://{TRUST_DOMAIN}/client/1-1"))),
+        ("a connector", setup.authority.certify(Role::Connectors, &format!("spiffe://{TRUST_DOMAIN}/connector/1-1"))),
+        ("a broker by the clients' intermediate", setup.authority.certify(Role::Clients, &broker_id)),
+        ("another cluster's broker", other.broker(node)),
+        (
+            "a broker without a node id",
+            setup.authority.certify(Role::Brokers, &format!("spiffe://{TRUST_DOMAIN}/broker/x")),
+        ),
+    ];
+    for (what, identity) in table {
+        let error = Stranger::new(&brokers[0], &setup.authority, &identity, node).clock().await;
+        // The connection ends: before the call, or with it.
+        let code = error.expect_err(what).code();
+        assert!(matches!(code, Code::Unavailable | Code::Unknown), "{what}: {code}");
+    }
+    let mut stream = TcpStream::connect(&brokers[0].address).await.unwrap();
+    let noise: Vec<u8> = (0..4_096_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    stream.write_all(&noise).await.unwrap();
+    let mut answer = Vec::new();
+    // At most an alert comes back before it is closed.
+    let _ = stream.read_to_end(&mut answer).await;
+    assert!(answer.len() < 64, "{answer:?}");
+    goes_on(&brokers, "after").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_was_removed_is_answered_nothing() {
+    let setup = Setup::new();
+    let brokers = setup.voters(3).await;
+    let leader = leader_of(&brokers).await;
+    let gone = &brokers[(leader + 1) % 3];
+    let caller = Stranger::new(&brokers[leader], &setup.authority, &setup.authority.broker(gone.node), gone.node);
+    caller.clock().await.unwrap();
+    brokers[leader].remove(gone.node).await;
+    refusal(caller.clock().await, Code::PermissionDenied, "removed");
+    let propose = wire::ProposeRequest::default();
+    let proposed = PeerClient::new(caller.channel.clone()).propose(caller.request(propose)).await;
+    refusal(proposed, Code::PermissionDenied, "removed");
+    refusal(caller.raft().vote(caller.request(wire::VoteRequest::default())).await, Code::PermissionDenied, "removed");
+    brokers[leader].create_token("after").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rafts_calls_are_the_callers_own_of_its_term_and_bounded() {
+    let setup = Setup::new();
+    let brokers = setup.voters(3).await;
+    let leader = leader_of(&brokers).await;
+    let (to, follower) = (&brokers[(leader + 1) % 3], &brokers[(leader + 2) % 3]);
+    let caller = Stranger::new(to, &setup.authority, &setup.authority.broker(follower.node), follower.node);
+    caller.greet().await;
+    let status = to.cluster.status();
+    let (term, last) = (status.term, status.last_log.unwrap());
+    let vote = |term, node| wire::Vote { term, node, committed: true };
+    let append = |vote, term, data: usize| wire::AppendRequest {
+        vote: Some(vote),
+        prev: None,
+        entries: vec![wire::Entry {
+            id: Some(wire::LogId { term, node: follower.node, index: 0 }),
+            payload: Some(wire::entry::Payload::Normal(vec![0; data])),
+        }],
+        leader_commit: None,
+    };
+    // In another's name: what the leader said, said again by a follower.
+    let replayed = caller.raft().append(caller.request(append(vote(term, brokers[leader].node), term, 0))).await;
+    refusal(replayed, Code::PermissionDenied, "another node's");
+    // Its own, of a term that is over.
+    let stale = caller.raft().append(caller.request(append(vote(0, follower.node), 0, 0))).await.unwrap().into_inner();
+    assert!(matches!(stale.result, Some(wire::append_reply::Result::HigherVote(_))), "{stale:?}");
+    // With a hole before them.
+    let mut hole = append(vote(term, follower.node), term, 0);
+    hole.entries[0].id.as_mut().unwrap().index = last + 10;
+    refusal(caller.raft().append(caller.request(hole)).await, Code::InvalidArgument, "follow each other");
+    // Entries and snapshots of a later term than the vote that they come with.
+    let beyond = caller.raft().append(caller.request(append(vote(term, follower.node), term + 1, 0))).await;
+    refusal(beyond, Code::InvalidArgument, "later term");
+    let head = wire::SnapshotHead {
+        vote: Some(vote(term, follower.node)),
+        last: Some(wire::LogId { term: term + 1, node: follower.node, index: last + 100 }),
+        membership: None,
+    };
+    let chunk = wire::SnapshotChunk { head: Some(head), data: vec![0; 100] };
+    let snapshot = caller.raft().snapshot(caller.request(tokio_stream::iter([chunk]))).await;
+    refusal(snapshot, Code::InvalidArgument, "later term");
+    let headless = wire::SnapshotChunk { head: None, data: vec![0; 100] };
+    let snapshot = caller.raft().snapshot(caller.request(tokio_stream::iter([headless]))).await;
+    refusal(snapshot, Code::InvalidArgument, "without its head");
+    let vast = append(vote(term, follower.node), term, MESSAGE_BYTES_MAX + 1);
+    refusal(caller.raft().append(caller.request(vast)).await, Code::OutOfRange, "");
+    // Nothing of it has moved anybody.
+    assert_eq!(to.cluster.status().term, term);
+    assert_eq!(leader_of(&brokers).await, leader);
+    goes_on(&brokers, "after").await;
+    until("all have it", || brokers.iter().all(|broker| broker.has_token("after"))).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn before_there_is_a_cluster_every_call_is_answered_with_nothing() {
+    let setup = Setup::new();
+    let empty = setup.start(TempDir::new().unwrap()).await;
+    let caller = Stranger::new(&empty, &setup.authority, &setup.authority.broker(77), 77);
+    let mut peer = PeerClient::new(caller.channel.clone());
+    caller.clock().await.unwrap();
+    peer.propose(caller.request(wire::ProposeRequest::default())).await.unwrap_err();
+    let read = peer.read_index(caller.request(wire::ReadIndexRequest { for_lease: true })).await.unwrap().into_inner();
+    assert!(!matches!(read.result, Some(wire::read_index_reply::Result::Index(_))), "{read:?}");
+    let remove = wire::ChangeRequest { change: Some(wire::change_request::Change::Remove(empty.node)) };
+    let changed = peer.change(caller.request(remove)).await.unwrap().into_inner();
+    assert!(!matches!(changed.result, Some(wire::change_reply::Result::Done(_))), "{changed:?}");
+    assert!(!empty.cluster.lease().open());
+    assert!(empty.cluster.state().cluster().is_none());
+    empty.cluster.initialize(crate::brokers::init(setup.cluster_id)).await.unwrap();
+    empty.register().await;
+    empty.create_token("after").await.unwrap();
+}
