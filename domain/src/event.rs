@@ -1,5 +1,7 @@
 //! Events: what a command changed. Journal rows are encoded [`Envelope`]s.
 
+use sha2::{Digest as _, Sha256};
+
 use crate::id::Id;
 use crate::rows;
 
@@ -30,6 +32,13 @@ pub struct Envelope {
         tags = "16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40"
     )]
     pub event: Option<Event>,
+}
+
+impl Envelope {
+    /// The journal's hash after a row, from the hash before it (empty before the first) and the row's bytes.
+    pub fn chain(before: &[u8], bytes: &[u8]) -> [u8; 32] {
+        Sha256::new().chain_update(before).chain_update(bytes).finalize().into()
+    }
 }
 
 /// What happened: the row as it is from now on, or the key of the row that is gone.

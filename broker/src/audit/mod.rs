@@ -14,6 +14,6 @@ mod tests;
 pub use export::{Exporter, line};
 pub use log::{Appended, Error, Log};
 pub use record::{
-    AdminChange, Candidate, Denied, EnforceReceipt, ExportGap, Initiator, NameUnknown, Party, Record, SessionClose, SessionLost,
-    SessionOpen, Strangers, clipped,
+    AdminChange, Candidate, Denied, EnforceReceipt, ExportGap, Initiator, NameUnknown, Party, Record, SessionClose,
+    SessionLost, SessionOpen, Strangers, clipped,
 };

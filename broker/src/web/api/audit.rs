@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use utoipa::{IntoParams, ToSchema};
 
 use super::events::lines;
+use crate::web::auth::Caller;
 use crate::web::input::Params;
 use crate::web::{Context, Problem};
 
@@ -41,7 +42,11 @@ pub(super) struct Tail {
 #[utoipa::path(get, path = "/api/v1/audit", tag = "audit", params(Tail),
     responses((status = 200, description = "newline-delimited JSON", content_type = "application/x-ndjson"),
         (status = 404, body = Problem)))]
-pub(super) async fn tail(State(context): State<Arc<Context>>, Params(tail): Params<Tail>) -> Result<Response, Problem> {
+pub(super) async fn tail(
+    State(context): State<Arc<Context>>,
+    caller: Caller,
+    Params(tail): Params<Tail>,
+) -> Result<Response, Problem> {
     const LAST: u64 = 100;
     let journal = context.audit.journal().clone();
     let own = journal.stream();
@@ -60,33 +65,32 @@ pub(super) async fn tail(State(context): State<Arc<Context>>, Params(tail): Para
     let opened = blocking(move || journal.reader_of_kept(stream, from)).await?;
     let mut reader = opened.map_err(|error| Problem::not_found(error.to_string()))?;
     let mut left = if tail.follow && tail.limit.is_none() { u64::MAX } else { limit.unwrap_or(u64::MAX) };
-    lines(&context, move |sender| async move {
+    lines(&context, &caller, move |sender| async move {
         while left > 0 {
             let count = usize::try_from(left).unwrap_or(usize::MAX).min(BATCH_RECORDS_MAX);
             let read = blocking(move || {
                 let records = reader.next_batch(count, BATCH_BYTES_MAX);
                 (reader, records)
             });
-            let Ok((back, records)) = read.await else { return };
+            let (back, records) = read.await.ok()?;
             reader = back;
             let records = match records {
                 Ok(records) => records,
-                Err(error) => {
-                    sender.send(json!({ "error": error.to_string() })).await;
-                    return;
-                }
+                Err(error) => return Some(json!({ "error": error.to_string(), "code": "journal" })),
             };
             left -= records.len() as u64;
             let end = records.is_empty();
             for record in records {
                 if !sender.send(line(&record, tail.raw)).await {
-                    return;
+                    let resume = record.seq;
+                    return Some(json!({ "error": "the reader is too slow", "code": "slow", "resume": resume }));
                 }
             }
             if end && (!tail.follow || !reader.wait().await) {
-                return;
+                break;
             }
         }
+        None
     })
 }
 
