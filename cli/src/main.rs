@@ -1,7 +1,7 @@
 //! The one binary: `selvedge broker`, `selvedge connector`, `selvedge client`, and the administrator's commands.
 //!
 //! **Invariant:** administrators' commands speak the admin API and nothing else; only `broker` and `cluster init|join`
-//! touch a data directory, and `audit verify` reads a journal.
+//! touch a data directory, `cluster doctor` reads one, and `audit verify` reads a journal.
 //! **Exit codes:** 0 yes or done, 1 no (denied, different, broken, not yet enforced), 2 it could not be found out.
 
 mod api;
@@ -21,6 +21,10 @@ use std::process::ExitCode;
 use clap::Parser as _;
 
 use args::Args;
+
+/// A broker keeps millions of small rows, made on one thread and dropped on another.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Exit code of an answer that is no.
 const NO: u8 = 1;
