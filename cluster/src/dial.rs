@@ -51,7 +51,7 @@ impl Interceptor for Stamp {
 /// The epoch that this broker knows; 0 before it knows any.
 pub(crate) fn epoch(published: &Published) -> u32 {
     let state = published.state();
-    if state.cluster().is_some() { state.position().epoch } else { 0 }
+    if state.is_initialised() { state.position().epoch } else { 0 }
 }
 
 /// What a connection is for; each purpose has its own, so that none waits behind another.

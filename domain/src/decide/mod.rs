@@ -308,7 +308,7 @@ pub(crate) fn decide(draft: &mut Draft, command: &Command) -> Result<(), Rejecte
     if let Body::InitCluster(init) = &command.body {
         return cluster::init(draft, init);
     }
-    if draft.state.count(Table::Cluster) == 0 {
+    if !draft.state.is_initialised() {
         return Err(Rejected::new(RejectedCode::NotInitialised, "the cluster is not initialised"));
     }
     if command.class != command.body.class() {

@@ -350,6 +350,11 @@ fn decoded<R: Row>(value: &[u8]) -> R {
 }
 
 impl State {
+    /// Whether there is a cluster.
+    pub fn is_initialised(&self) -> bool {
+        self.count(Table::Cluster) > 0
+    }
+
     /// The cluster's own row, once it was initialised.
     pub fn cluster(&self) -> Option<rows::Cluster> {
         self.row(&[])
