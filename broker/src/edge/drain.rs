@@ -17,6 +17,8 @@ use super::ends::End;
 
 /// How long sessions that are cut at the end of a drain have to record it.
 const CUT_TIMEOUT: Duration = Duration::from_secs(2);
+/// The others hear each second what this broker says of itself, and pass no dials through one that goes.
+const NOTICE: Duration = Duration::from_millis(1_500);
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 /// What ends are told.
 const DRAINING: &str = "draining";
@@ -34,6 +36,11 @@ impl Edge {
         let ends = self.ends.all();
         tracing::info!(sessions = self.sessions.len(), ends = ends.len(), "draining: new sessions go elsewhere");
         ends.iter().for_each(|end| tell(end));
+    }
+
+    /// Waits until every session has ended, and the other brokers know that this one goes.
+    pub async fn is_left(&self) {
+        tokio::join!(self.emptied(), tokio::time::sleep(NOTICE));
     }
 
     /// Waits until every session has ended.

@@ -37,10 +37,12 @@ mod trace;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use rustix::time::{ClockId, clock_gettime};
-use selvedge_domain::Id;
+use selvedge_domain::rows::Broker;
+use selvedge_domain::{Id, State};
 use selvedge_proto::identity::Anchors;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -61,6 +63,9 @@ pub use listener::{HANDSHAKES_MAX, PENDING_MAX, PENDING_PER_PREFIX_MAX, SHOW_TIM
 pub use opens::REFUSAL_FLOOR;
 pub use sessions::SessionInfo;
 pub use tickets::{PARKED_HOPS_MAX, TICKETS_PER_STREAM_MAX};
+
+/// What the other brokers know is known here so long after the start.
+const WARMING: Duration = Duration::from_secs(3);
 
 /// What an edge is made of.
 pub struct Parts {
@@ -113,6 +118,7 @@ pub struct Edge {
     brokers: watch::Sender<Option<selvedge_proto::control::Brokers>>,
     draining: AtomicBool,
     cut_by_drain: AtomicU64,
+    started: Instant,
     limits: ArcSwap<Limits>,
 }
 
@@ -144,6 +150,7 @@ impl Edge {
             brokers: watch::Sender::new(None),
             draining: AtomicBool::new(false),
             cut_by_drain: AtomicU64::new(0),
+            started: Instant::now(),
             limits: ArcSwap::from_pointee(limits),
         })
     }
@@ -197,6 +204,12 @@ impl Edge {
     /// The signed list of brokers that ends are given; none before an issuer signed one.
     pub fn broker_list(&self) -> Option<selvedge_proto::control::Brokers> {
         self.brokers.borrow().clone()
+    }
+
+    /// A broker that has just begun does not know yet who reaches what: others may.
+    fn is_warming(&self, state: &State) -> bool {
+        let unheard = |broker: &Broker| !broker.removed && !self.routing.alive(broker.node);
+        self.started.elapsed() < WARMING && state.rows::<Broker>().any(|broker| unheard(&broker))
     }
 
     /// What a connector is told is left of the lease.

@@ -148,7 +148,12 @@ async fn admit(
     let presenter = caller.peer.id.to_string();
     let choice = tracing::debug_span!("path")
         .in_scope(|| edge.routing.candidates(&state, segment.id(), &session.endpoint, Some(&presenter), id as u64));
-    let Some(chosen) = choice.chosen else { return Err(denial.unavailable(&state, &verdict).await) };
+    let Some(chosen) = choice.chosen else {
+        if edge.is_warming(&state) {
+            return Err(Refused::caller(SessionCode::Stale));
+        }
+        return Err(denial.unavailable(&state, &verdict).await);
+    };
     edge.sessions.set_connector(&session, chosen.connector);
     tracing::debug!(
         host = %session.endpoint.host,

@@ -327,7 +327,7 @@ impl Broker {
         // A drain that was begun before has its own deadline.
         let wait = self.edge.drain_left().unwrap_or(self.drain_on_stop);
         tokio::select! {
-            () = self.edge.emptied() => {}
+            () = self.edge.is_left() => {}
             () = tokio::time::sleep(wait) => {}
             () = now.cancelled() => {}
             fatal = self.cluster.fatal() => {

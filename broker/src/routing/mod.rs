@@ -232,7 +232,7 @@ impl Routing {
         node == self.node || self.soft.lock().brokers.get(&node).is_some_and(Heard::alive)
     }
 
-    /// Where a connector's control stream ends; this broker first, then the nearest one that is alive.
+    /// Where a connector's control stream ends; this broker first, then the nearest one that is alive and stays.
     pub fn via(&self, connector: Id) -> Option<Via> {
         let soft = self.soft.lock();
         if soft.connectors.contains_key(&connector) {
@@ -242,7 +242,7 @@ impl Routing {
         soft.brokers
             .iter()
             .filter(|(_, heard)| heard.alive() && heard.state.connectors.iter().any(|there| there.connector == id))
-            .min_by_key(|(_, heard)| heard.rtt.unwrap_or(Duration::MAX))
+            .min_by_key(|(_, heard)| (heard.state.draining, heard.rtt.unwrap_or(Duration::MAX)))
             .map(|(node, _)| Via::Broker(*node))
     }
 
@@ -400,6 +400,9 @@ mod tests {
         assert_eq!(routing.via(near), Some(Via::Here), "an older stream's end changes nothing");
         routing.detach(near, 10);
         assert_eq!(routing.via(near), Some(Via::Broker(2)));
+        routing.hear(SoftState { draining: true, ..told(2, near) }, None);
+        routing.hear(told(3, near), None);
+        assert_eq!(routing.via(near), Some(Via::Broker(3)), "the other one is about to go");
     }
 
     #[test]

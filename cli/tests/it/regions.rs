@@ -13,7 +13,7 @@ use crate::shop::{Shop, exchange, is_cut};
 use crate::world::{DEADLINE, World, wait};
 
 /// One way of a link that is long enough to be avoided.
-const FAR: Duration = Duration::from_millis(30);
+pub const FAR: Duration = Duration::from_millis(30);
 /// Events that wait to be looked at.
 const FOLLOWED_MAX: usize = 1_024;
 
@@ -251,7 +251,7 @@ pub fn records(world: &World, number: usize) -> Vec<Value> {
 }
 
 /// A link to `target` on which everything takes `each_way` longer.
-fn link(target: SocketAddr, each_way: Duration) -> SocketAddr {
+pub fn link(target: SocketAddr, each_way: Duration) -> SocketAddr {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
     let address = listener.local_addr().expect("bound");
     std::thread::spawn(move || {

@@ -11,6 +11,7 @@ use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{Tra
 use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
 use opentelemetry_proto::tonic::common::v1::any_value::Value;
 
+use crate::regions::{FAR, attachments, link};
 use crate::world::{World, free_ports, http_get, text, wait};
 
 const METRICS_PAGE: &str = include_str!("../../../docs/reference/metrics.md");
@@ -93,11 +94,12 @@ fn one_trace_runs_through_client_broker_and_connector_and_its_id_is_in_the_audit
 #[test]
 fn a_dial_that_another_broker_passes_on_is_a_span_of_the_same_trace() {
     let collector = Collector::start();
-    let shop = Shop::open_at(2, vec![("SELVEDGE_OTLP_ENDPOINT".into(), collector.endpoint.clone())]);
-    shop.visit("ann");
-    let trace = shop.record("session.open")["trace"].as_str().expect("a trace id").to_owned();
+    let _shop = Shop::open_at(3, vec![("SELVEDGE_OTLP_ENDPOINT".into(), collector.endpoint.clone())]);
     wait("the spans of both brokers and of the connector", || {
-        let spans = collector.trace(&trace);
+        // Later dials may find the connector here: it has opened a stream to the broker that stitches.
+        let all = collector.spans.lock().expect("no thread panicked").clone();
+        let Some(passed) = all.iter().find(|span| span.name == "relay.dial") else { return false };
+        let spans = collector.trace(&passed.trace);
         let parent = |name: &str| {
             let span = spans.iter().find(|span| span.name == name)?;
             spans.iter().find(|other| other.id == span.parent).map(|other| other.name.as_str())
@@ -190,7 +192,7 @@ struct Shop {
     port: u16,
     code: String,
     /// What clients cannot dial.
-    far: Option<&'static str>,
+    far: Vec<&'static str>,
 }
 
 impl Shop {
@@ -198,12 +200,13 @@ impl Shop {
         Self::open_at(1, env)
     }
 
-    /// With two brokers the connector is attached to the second alone, and clients to the first.
+    /// With three brokers clients are attached to the first alone, and the connector to the others.
     fn open_at(brokers: usize, env: Vec<(String, String)>) -> Self {
         let port = echo_server().port();
         let mut world = World::start_with(Path::new(env!("CARGO_BIN_EXE_selvedge")), brokers, env);
-        let nowhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
-        let (near, far) = if brokers == 1 { (vec![], None) } else { (vec![("b1", nowhere)], Some("b2=127.0.0.1:1")) };
+        let apart = brokers > 1;
+        let near: Vec<_> = apart.then(|| ("b1", link(world.brokers[0].edge, FAR))).into_iter().collect();
+        let far = if apart { vec!["b2=127.0.0.1:1", "b3=127.0.0.1:1"] } else { vec![] };
         let token = world.directory("people");
         let ann = world.user(&token, "ann@test.example");
         world.user(&token, "bob@test.example");
@@ -212,6 +215,9 @@ impl Shop {
         let policy = "kind: Policy\nname: sales-shop\ncedar: |\n  permit(principal in Group::\"sales\", action == Action::\"connect\", resource in Segment::\"shop\");\n";
         assert!(world.apply(policy).status.success());
         world.connector_via("connector", &["shop.internal"], &near);
+        if apart {
+            wait("the connector at the others", || attachments(&world).len() == 2);
+        }
         for name in ["ann", "bob"] {
             world.client(name, &format!("{name}@test.example"));
         }
