@@ -342,7 +342,93 @@ async fn greet(core: Arc<Core>, node: u64) {
 
 #[cfg(test)]
 mod tests {
+    use openraft::EmptyNode;
+    use selvedge_storage::engine::{Space, mem::Disk};
+    use selvedge_storage::log::{self, Payload, Record};
+
     use super::*;
+    use crate::clock::testing::Manual;
+    use crate::raft_types::LeaderId;
+
+    /// Node 1 of three, on a disk.
+    fn on(disk: &Disk) -> (Acquaintances, watch::Receiver<Option<Fatal>>, Arc<Manual>) {
+        let log = Log::open(Arc::new(disk.open().unwrap())).unwrap();
+        let (fatal, stops) = watch::channel(None);
+        let clock = Arc::new(Manual::default());
+        (Acquaintances::new(1, log, clock.clone(), fatal), stops, clock)
+    }
+
+    fn three() -> Membership {
+        let nodes = BTreeMap::from([1, 2, 3].map(|node| (node, EmptyNode::new())));
+        Membership::new(vec![BTreeSet::from([1, 2, 3])], nodes).unwrap()
+    }
+
+    fn greeting(own: wire::Standing) -> wire::GreetRequest {
+        wire::GreetRequest { own: Some(own), of_you: None }
+    }
+
+    #[test]
+    fn a_broker_votes_once_a_majority_has_met_it_and_never_where_there_are_no_voters() {
+        let (me, _stops, _) = on(&Disk::new());
+        assert!(!me.is_welcome(&Membership::default()), "an empty disk knows no voters");
+        assert!(!me.may_stand(&three()), "nobody has met it");
+        me.greeted(2, greeting(standing(1, 1))).unwrap();
+        assert!(me.may_stand(&three()), "two of three have met");
+    }
+
+    #[test]
+    fn who_forgot_is_told_and_not_met_and_whoever_is_told_stops() {
+        let (me, stops, _) = on(&Disk::new());
+        me.granted(2, &Vote { leader_id: LeaderId { term: 3, node_id: 1 }, committed: false });
+        let reply = me.greeted(2, greeting(standing(2, 1))).unwrap();
+        assert_eq!(reply.of_you.unwrap().vote.unwrap().term, 3, "so that it learns it");
+        assert!(!me.has_met(2) && stops.borrow().is_none());
+        me.greeted(2, greeting(standing(3, 1))).unwrap();
+        assert!(me.has_met(2), "with its vote it is welcome");
+
+        let of_you = Some(memory(1, 1, 1));
+        let refused = me.greeted(3, wire::GreetRequest { own: None, of_you }).unwrap_err();
+        assert!(refused.message().contains("SE0113"), "{refused}");
+        assert_eq!(stops.borrow().as_ref().map(Fatal::code), Some("SE0113"));
+    }
+
+    #[test]
+    fn what_is_remembered_of_members_outlives_the_process_and_only_committed_entries_are() {
+        let disk = Disk::new();
+        let (me, _stops, _) = on(&disk);
+        let id = |index| Some(LogId { leader_id: LeaderId { term: 2, node_id: 1 }, index });
+        me.holds(2, id(9), None);
+        assert_eq!(me.memory(2), wire::Memory::default(), "nothing is committed");
+        me.holds(2, id(9), id(7));
+        me.holds(2, id(5), id(7));
+        assert_eq!(me.memory(2).acked.unwrap().index, 7, "what is not committed may be cut");
+        me.holds(4, id(9), id(9));
+        me.note(&[1, 2, 3]);
+        drop(me);
+        let (me, _stops, _) = on(&disk);
+        assert_eq!(me.memory(2).acked.unwrap().index, 7);
+        assert_eq!(me.memory(4), wire::Memory::default(), "it is no member any more");
+    }
+
+    #[test]
+    fn a_suspect_follows_only_the_longest_log_and_only_when_all_voters_are_present() {
+        let disk = Disk::new();
+        let log = Log::open(Arc::new(disk.open().unwrap())).unwrap();
+        let record = |index| Record { id: log::LogId { term: 1, node: 1, index }, payload: Payload::Blank };
+        let (tell, told) = std::sync::mpsc::channel();
+        log.append((0..4).map(record).collect(), Box::new(move |result| tell.send(result).unwrap()));
+        told.recv().unwrap().unwrap();
+        drop(log);
+        disk.corrupt(Space::Log, &3_u64.to_be_bytes(), |value| value[1] ^= 1);
+        let (me, _stops, clock) = on(&disk);
+        me.greeted(2, greeting(standing(1, 2))).unwrap();
+        assert!(me.is_welcome(&three()) && !me.may_follow(&three(), (1, 9)), "one is missing");
+        me.greeted(3, greeting(standing(1, 3))).unwrap();
+        assert!(me.may_follow(&three(), (1, 3)), "it has what was lost here");
+        assert!(!me.may_follow(&three(), (1, 2)) && !me.may_stand(&three()), "these have not");
+        clock.boottime.store(PRESENT_MS + 1, Ordering::SeqCst);
+        assert!(!me.may_follow(&three(), (1, 3)), "who was met long ago may be gone");
+    }
 
     fn standing(term: u64, index: u64) -> wire::Standing {
         let vote = Some(wire::Vote { term, node: 1, committed: false });
