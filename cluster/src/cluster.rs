@@ -64,7 +64,8 @@ impl Cluster {
     /// **Errors**: storage, the listener.
     pub async fn start(options: Options) -> Result<Self, Error> {
         let (log_path, state_path) = (options.dir.log_path(), options.dir.state_path());
-        let engines = options.blocking.run(move || Ok((Rocks::open_log(&log_path), Rocks::open_state(&state_path)))).await;
+        let engines =
+            options.blocking.run(move || Ok((Rocks::open_log(&log_path), Rocks::open_state(&state_path)))).await;
         let (log, state) = engines.map_err(Error::State)?;
         let (dir, log_path, state_path) =
             (options.dir.path().to_owned(), options.dir.log_path(), options.dir.state_path());
@@ -345,7 +346,12 @@ async fn start(
     let config = options.preset.raft(&hex::encode(options.cluster_id)).validate();
     let config = Arc::new(config.map_err(|error| Error::Raft(error.to_string()))?);
     let append_timeout = Duration::from_millis(options.preset.election_ms().1);
-    let network = Network { dialer: dialer.clone(), acquaintances: acquaintances.clone(), append_timeout, blocking: blocking.clone() };
+    let network = Network {
+        dialer: dialer.clone(),
+        acquaintances: acquaintances.clone(),
+        append_timeout,
+        blocking: blocking.clone(),
+    };
     let seed = options.seed.unwrap_or_else(rand::random);
     let raft = seeded(seed, openraft::Raft::new(node, config, network, log.clone(), machine)).await;
     let raft = raft.map_err(|error| Error::Raft(error.to_string()))?;
@@ -425,13 +431,8 @@ fn spawn(
     let tasks = &core.tasks;
     let (serving, stop) = (core.clone(), core.stop.clone());
     tasks.spawn(async move {
-        let server = listen::serve(
-            listener,
-            &serving.cluster_id,
-            serving.published.clone(),
-            routes,
-            serving.stop.clone(),
-        );
+        let server =
+            listen::serve(listener, &serving.cluster_id, serving.published.clone(), routes, serving.stop.clone());
         // Streams that never end would keep it from ending by itself.
         let ended = async {
             stop.cancelled().await;

@@ -91,7 +91,9 @@ impl Dialer {
         via: Option<DialOverride>,
     ) -> Self {
         let stamp = Stamp { cluster: hex::encode(cluster), node, published };
-        Self { inner: Arc::new(Inner { stamp, transport, via, learned: RwLock::default(), channels: Mutex::default() }) }
+        Self {
+            inner: Arc::new(Inner { stamp, transport, via, learned: RwLock::default(), channels: Mutex::default() }),
+        }
     }
 
     /// Remembers where a node listens until the state says so.

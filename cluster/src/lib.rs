@@ -53,8 +53,8 @@ pub use listen::Caller;
 pub use membership::MEMBERS_MAX;
 pub use network::MESSAGE_BYTES_MAX;
 pub use propose::{COMMAND_BYTES_MAX, Done, PROPOSAL_TIMEOUT};
-pub use snapshot::SnapshotHead;
 pub use published::HashesAt;
+pub use snapshot::SnapshotHead;
 pub use status::{Member, Status};
 pub use transport::{Handshake, Link, Listener, Stream, Tls, Transport};
 
@@ -81,7 +81,14 @@ pub mod store {
         let log = Log::open(log).map_err(std::io::Error::other)?;
         let store = StateStore::open(state).map_err(std::io::Error::other)?;
         let (published, _) = crate::published::Published::new(crate::SystemClock::shared(), 0);
-        let machine = Machine::open(Arc::new(store), snapshot_dir, published, crate::Blocking::Threads, tokio::sync::watch::Sender::new(None)).await?;
+        let machine = Machine::open(
+            Arc::new(store),
+            snapshot_dir,
+            published,
+            crate::Blocking::Threads,
+            tokio::sync::watch::Sender::new(None),
+        )
+        .await?;
         Ok((LogStore::new(log), machine))
     }
 }

@@ -65,7 +65,10 @@ pub const JOURNAL_FETCHED_ROWS_TOTAL: &str = "selvedge_cluster_journal_fetched_r
 
 /// Describes them to the recorder.
 pub fn describe() {
-    describe_counter!(CREDENTIALS_REFUSED_TOTAL, "commands refused by this leader for a credential that is not their actor's");
+    describe_counter!(
+        CREDENTIALS_REFUSED_TOTAL,
+        "commands refused by this leader for a credential that is not their actor's"
+    );
     describe_counter!(PROPOSALS_TOTAL, "commands proposed on this broker, by outcome");
     describe_histogram!(PROPOSAL_SECONDS, Unit::Seconds, "from proposal to answer");
     describe_histogram!(ENTRY_COMMANDS, Unit::Count, "commands in one entry");

@@ -174,7 +174,8 @@ impl From<selvedge_cluster::Error> for Problem {
             ),
             selvedge_cluster::Error::Elsewhere { upto, brokers } => {
                 let brokers: Vec<String> = brokers.iter().map(ToString::to_string).collect();
-                let have = if brokers.is_empty() { "no broker says it has".into() } else { brokers.join(", ") + " have" };
+                let have =
+                    if brokers.is_empty() { "no broker says it has".into() } else { brokers.join(", ") + " have" };
                 let detail = format!("this broker does not have the events up to {upto} yet; {have} them");
                 Self::unavailable("elsewhere", detail)
             }

@@ -10,8 +10,8 @@ use std::{
 };
 
 use rocksdb::{
-    ColumnFamily, DB, DBCompressionType, DBRawIterator, DBRecoveryMode, InfoLogger, LogLevel, Options, ReadOptions, Snapshot,
-    WriteOptions, checkpoint::Checkpoint,
+    ColumnFamily, DB, DBCompressionType, DBRawIterator, DBRecoveryMode, InfoLogger, LogLevel, Options, ReadOptions,
+    Snapshot, WriteOptions, checkpoint::Checkpoint,
 };
 
 use super::{Engine, Op, Pair, Space, View, Visit, WriteBatch};

@@ -64,7 +64,9 @@ async fn every_route_asks_for_its_credential() {
     for described in api::routes() {
         let item = described.paths.paths.values().next().unwrap();
         let methods = [(&item.get, "GET"), (&item.post, "POST"), (&item.put, "PUT"), (&item.delete, "DELETE")];
-        let (Need::Role(needed) | Need::RoleWhenCutOff(needed)) = described.route.need else { panic!("a route of the API needs a role") };
+        let (Need::Role(needed) | Need::RoleWhenCutOff(needed)) = described.route.need else {
+            panic!("a route of the API needs a role")
+        };
         assert!(needed >= AdminRole::Auditor, "{}", described.route.path);
         // No object has this id, so nothing is done by those who may.
         let path = described.route.path.replace("{node}", "none").replace("{id}", "none");
