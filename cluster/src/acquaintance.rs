@@ -415,7 +415,7 @@ mod tests {
         let disk = Disk::new();
         let log = Log::open(Arc::new(disk.open().unwrap())).unwrap();
         let record = |index| Record { id: log::LogId { term: 1, node: 1, index }, payload: Payload::Blank };
-        let (tell, told) = std::sync::mpsc::channel();
+        let (tell, told) = std::sync::mpsc::sync_channel(8);
         log.append((0..4).map(record).collect(), Box::new(move |result| tell.send(result).unwrap()));
         told.recv().unwrap().unwrap();
         drop(log);

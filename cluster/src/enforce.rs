@@ -1,10 +1,10 @@
 //! Enforcing what was published, reporting it, and knowing when all have done so.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use selvedge_domain::{Envelope, Id, State};
 use selvedge_proto::peer as wire;
 use serde::Serialize;
@@ -36,7 +36,7 @@ pub trait Enforcer: Send + Sync + 'static {
 /// Ends when the far ends of what was closed have said so, or can pass nothing on any more; none when nothing was closed.
 ///
 /// It makes its way without being polled, and must end by itself: one that does not is overtaken by the leases' end.
-pub type Confirmation = Option<Pin<Box<dyn Future<Output = ()> + Send>>>;
+pub type Confirmation = Option<BoxFuture<'static, ()>>;
 
 /// For brokers that hold no sessions.
 #[derive(Clone, Copy, Debug, Default)]
@@ -59,7 +59,7 @@ const COALESCED_MAX: usize = 256;
 ///
 /// Not more than there are changes that closed something: what closed nothing is done with the one before it.
 #[derive(Default)]
-struct Confirming(VecDeque<(Id, Pin<Box<dyn Future<Output = ()> + Send>>)>);
+struct Confirming(VecDeque<(Id, BoxFuture<'static, ()>)>);
 
 impl Confirming {
     /// Answers the position when it is confirmed at once.

@@ -143,7 +143,7 @@ mod tests {
         let dir = DataDir::open(&path).expect("opens");
         dir.join_cluster(7).expect("joins");
         let log = Log::open(Arc::new(Rocks::open_log(&dir.log_path()).expect("opens"))).expect("opens");
-        let (done, was_done) = std::sync::mpsc::channel();
+        let (done, was_done) = std::sync::mpsc::sync_channel(1);
         log.append((1..=3).map(record).collect(), Box::new(move |result| drop(done.send(result))));
         was_done.recv().expect("called").expect("written");
         let store = StateStore::open(Arc::new(Rocks::open_state(&dir.state_path()).expect("opens"))).expect("opens");

@@ -31,7 +31,7 @@ const BALLAST_PERCENT_MAX: u64 = 90;
 /// Ballast takes at most this part of a small disk.
 const BALLAST_PART: u64 = 20;
 const BALLAST_FILE: &str = "ballast";
-const ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
 
 /// How full a disk is.
 #[derive(Debug, Clone, PartialEq, Eq)]

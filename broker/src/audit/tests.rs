@@ -82,7 +82,7 @@ impl Ground {
             edge: "127.0.0.1:1".to_owned(),
             web: "127.0.0.1:2".to_owned(),
             peer: "127.0.0.1:3".to_owned(),
-            roles: vec![BrokerRole::Voter as i32],
+            roles: vec![BrokerRole::Web as i32],
         };
         ground.apply(Actor::BOOTSTRAP, Body::PutBroker(broker));
         for name in receivers {

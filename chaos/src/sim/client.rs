@@ -93,7 +93,7 @@ impl Client {
                 self.world.history(|history| history.answer(op, Attempt::Never));
                 return None;
             };
-            let Some(id) = self.world.ready(|ready| ready.keys.get(key).copied()) else { return None };
+            let id = self.world.ready(|ready| ready.keys.get(key).copied())?;
             let body = Body::ReplaceUser { id, version: None, fields: user(key, &value) };
             let idempotency = (self.world.bug() != Bug::RetriesAreNew).then(|| key_of(&value));
             let answer = self.propose(&value, asker, body, idempotency).await;

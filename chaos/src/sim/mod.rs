@@ -205,7 +205,7 @@ impl Run<'_> {
         for (node, down_ms) in std::mem::take(&mut self.dying) {
             self.down(node, Loss::Process, down_ms);
         }
-        if now_ms % LOOK_MS == 0 {
+        if now_ms.is_multiple_of(LOOK_MS) {
             self.look();
         }
         for node in self.world.nodes() {

@@ -20,6 +20,7 @@ mod world;
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use clap::{Parser, Subcommand};
@@ -29,6 +30,9 @@ use control::Request;
 use geography::Region;
 use home::Home;
 use world::World;
+
+/// After a failure, how long to see whether it was a signal that began it.
+const SIGNAL_WAIT: Duration = Duration::from_millis(300);
 
 /// `selvedge demo`
 #[derive(Debug, Parser)]
@@ -94,7 +98,10 @@ pub async fn tour(args: TourArgs) -> anyhow::Result<ExitCode> {
     }
     let mut ended = Ended::listen()?;
     tokio::select! {
-        result = tour::walk(&home, &args.only) => result,
+        result = tour::walk(&home, &args.only) => match result {
+            Err(_) if ended.follows().await => Ok(ExitCode::from(130)),
+            result => result,
+        },
         () = ended.wait() => Ok(ExitCode::from(130)),
     }
 }
@@ -112,7 +119,10 @@ async fn demonstrate(keep: bool) -> anyhow::Result<ExitCode> {
         built = World::build(&home, &seats, &|text| say(&format!("  {text}"))) => built,
         () = ended.wait() => return Ok(ExitCode::from(130)),
     };
-    let mut world = built?;
+    let mut world = match built {
+        Err(_) if ended.follows().await => return Ok(ExitCode::from(130)),
+        built => built?,
+    };
     let mut requests = control::listen(&home.control())?;
     let mut listeners = show::listeners(&mut world).await?;
     let status = world.cli.json(&["cluster", "status", "--json"]).await?;
@@ -203,6 +213,12 @@ impl Ended {
         let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
         let [interrupt, terminate, hangup] = kinds.map(signal);
         Ok(Self { signals: [interrupt?, terminate?, hangup?] })
+    }
+
+    /// Whether a signal comes within a moment: a terminal's Ctrl-C ends the other processes too, and what they leave
+    /// undone may be noticed first.
+    async fn follows(&mut self) -> bool {
+        tokio::time::timeout(SIGNAL_WAIT, self.wait()).await.is_ok()
     }
 
     async fn wait(&mut self) {

@@ -165,7 +165,7 @@ impl StateStore {
         }
         let mut batch = WriteBatch::new();
         for (seq, hash) in marks {
-            batch.put(Space::StateMeta, mark_key(*seq), hash.to_vec());
+            batch.put(Space::StateMeta, mark_key(*seq), hash);
         }
         self.put(batch, false)
     }
@@ -195,7 +195,7 @@ impl StateStore {
         }
         let mut batch = WriteBatch::new();
         batch.put(Space::StateMeta, COMPACTED, to_seq.to_be_bytes());
-        batch.put(Space::StateMeta, mark_key(to_seq), hash.to_vec());
+        batch.put(Space::StateMeta, mark_key(to_seq), hash);
         self.put(batch, false)?;
         Ok(true)
     }

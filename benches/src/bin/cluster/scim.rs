@@ -119,7 +119,7 @@ impl Groups {
     /// Numbers of a group's members, each once.
     pub fn members(&self, group: usize) -> impl Iterator<Item = usize> + use<> {
         let users = self.users;
-        let mut step = spread(self.seed ^ group as u64) as usize % users | 1;
+        let mut step = (spread(self.seed ^ group as u64) as usize % users) | 1;
         while common_divisor(step, users) != 1 {
             step += 2;
         }

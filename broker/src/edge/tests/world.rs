@@ -547,7 +547,7 @@ impl Manner {
 }
 
 /// Plays a connector, and counts its dials.
-fn play_connector(at: SocketAddr, mut end: Attached, mut manner: Manner) -> watch::Receiver<usize> {
+pub(super) fn play_connector(at: SocketAddr, mut end: Attached, mut manner: Manner) -> watch::Receiver<usize> {
     let (dialed, count) = watch::channel(0);
     tokio::spawn(async move {
         while let Ok(Some(FromBroker { message: Some(message) })) = end.messages.message().await {

@@ -273,8 +273,8 @@ fn seconds(ms: u64) -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use selvedge_domain::command::InitCluster;
-    use selvedge_domain::rows::Token;
+    use selvedge_domain::command::{InitCluster, PutBroker};
+    use selvedge_domain::rows::{BrokerRole, Token};
     use selvedge_domain::{Actor, Changes};
 
     use super::*;
@@ -292,6 +292,18 @@ mod tests {
         };
         let init = Command::new(Actor::BOOTSTRAP, 1, None, Body::InitCluster(init));
         state.apply(1, &init, &mut Changes::default());
+        let broker = PutBroker {
+            node: 1,
+            name: "b1".to_owned(),
+            region: "here".to_owned(),
+            host: "b1.demo.test".to_owned(),
+            edge: String::new(),
+            web: String::new(),
+            peer: String::new(),
+            roles: vec![BrokerRole::Web as i32],
+        };
+        let broker = Command::new(Actor::BOOTSTRAP, 1, None, Body::PutBroker(broker));
+        state.apply(1, &broker, &mut Changes::default());
         let token = state.rows::<Token>().next().unwrap();
         (state, Actor::token(token.id(), token.generation))
     }
