@@ -322,12 +322,12 @@ async fn crash(
         let is = point.is;
         let (disk, beside) = (point.disk)(&host);
         let (disk, beside) = (disk.clone(), beside.clone());
-        let host = host.restart_with(setup, move || disk.set_trap(moment, &beside, move |step| is(step))).await;
+        let host = host.restart_with(setup, move || disk.set_trap(moment, &beside, is)).await;
         hosts.insert(victim, host);
     } else {
         let (disk, beside) = (point.disk)(&hosts[victim]);
         let is = point.is;
-        disk.set_trap(moment, beside, move |step| is(step));
+        disk.set_trap(moment, beside, is);
     }
     let served = hosts[victim].broker.cluster.state().position();
     let term = hosts[victim].broker.cluster.status().term;

@@ -8,7 +8,7 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::pin::pin;
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -150,7 +150,7 @@ fn spawn(dir: &Path, next: &[u64]) -> (Child, Receiver<String>) {
         .spawn()
         .expect("this binary runs");
     let stdout = BufReader::new(child.stdout.take().expect("piped"));
-    let (tell, told) = channel();
+    let (tell, told) = sync_channel(65_536);
     std::thread::spawn(move || {
         for line in stdout.lines().map_while(Result::ok) {
             if tell.send(line).is_err() {
