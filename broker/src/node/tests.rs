@@ -35,6 +35,8 @@ struct Machine {
     peer: SocketAddr,
     web: SocketAddr,
     config: PathBuf,
+    /// Where its data is, and how often it was moved.
+    data: (PathBuf, usize),
     clock: Arc<ShiftedClock>,
     running: Option<Running>,
     dir: TempDir,
@@ -52,14 +54,14 @@ impl Machine {
         let dir = TempDir::new().unwrap();
         let listeners = [(); 4].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
         let [edge, web, peer, ops] = listeners.map(|listener| listener.local_addr().unwrap());
-        let config = dir.path().join("broker.toml");
+        let (config, data) = (dir.path().join("broker.toml"), dir.path().join("data"));
         let toml = format!(
             "data_dir = {:?}\nname = \"{name}\"\nregion = \"here\"\nhost = \"{name}.brokers.test\"\npreset = \"test\"\n\
              edge = {{ bind = \"{edge}\" }}\nweb = {{ bind = \"{web}\" }}\npeer = {{ bind = \"{peer}\" }}\nops = {{ bind = \"{ops}\" }}\n",
-            dir.path().join("data")
+            data
         );
         std::fs::write(&config, toml).unwrap();
-        Self { name: name.to_owned(), peer, web, config, clock: clock.clone(), running: None, dir }
+        Self { name: name.to_owned(), peer, web, config, data: (data, 0), clock: clock.clone(), running: None, dir }
     }
 
     fn configured(&self) -> Configured {
@@ -85,8 +87,14 @@ impl Machine {
         stop.cancel();
         ended.await.unwrap().unwrap();
         drop(cluster);
-        // The listeners and the directory's lock go with the last task.
-        until("the directory is free", || DataDir::open(&self.dir.path().join("data")).is_ok()).await;
+        // A process that ends lets go of its directory; here the lock stays with whatever of the broker is still held. So
+        // the disk is put into another machine.
+        let (old, moved) = self.data.clone();
+        let new = self.dir.path().join(format!("data-{}", moved + 1));
+        copy(&old, &new);
+        let toml = std::fs::read_to_string(&self.config).unwrap();
+        std::fs::write(&self.config, toml.replace(&format!("{old:?}"), &format!("{new:?}"))).unwrap();
+        self.data = (new, moved + 1);
     }
 
     fn cluster(&self) -> &Cluster {
@@ -111,6 +119,19 @@ impl Machine {
         let name = "127.0.0.1".try_into().unwrap();
         let stream = TlsConnector::from(Arc::new(dial)).connect(name, stream).await.unwrap();
         tls::peer_of(stream.get_ref().1).unwrap()
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir(to).unwrap();
+    std::fs::set_permissions(to, std::fs::metadata(from).unwrap().permissions()).unwrap();
+    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
+        let (path, beside) = (entry.path(), to.join(entry.file_name()));
+        if entry.file_type().unwrap().is_dir() {
+            copy(&path, &beside);
+        } else {
+            std::fs::copy(&path, &beside).unwrap();
+        }
     }
 }
 
