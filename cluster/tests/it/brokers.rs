@@ -19,8 +19,8 @@ use selvedge_domain::command::{InitCluster, PutBroker};
 use selvedge_domain::{Actor, Asker, Body, Credential, Envelope, Id, State};
 use selvedge_proto::identity::{Anchors, Role};
 use selvedge_proto::tls::{self, Identity, NotBefore};
-use selvedge_storage::DataDir;
-use selvedge_storage::engine::Engine;
+use selvedge_storage::engine::{Engine, rocks::Rocks};
+use selvedge_storage::{DataDir, Error};
 use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
@@ -281,7 +281,20 @@ impl Broker {
         cluster.stop().await;
         drop(cluster);
         let listener = bind(&address).await;
+        released(dir.path()).await;
         setup.start_at(dir, listener, None).await
+    }
+}
+
+/// Waits until the stores of a broker that stopped are let go by what was still being answered from them.
+async fn released(dir: &Path) {
+    let begun = Instant::now();
+    let path = open(dir).await;
+    while matches!(Rocks::open_log(&path.log_path()), Err(Error::Locked { .. }))
+        || matches!(Rocks::open_state(&path.state_path()), Err(Error::Locked { .. }))
+    {
+        assert!(begun.elapsed() < PATIENCE, "the stores are let go");
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 

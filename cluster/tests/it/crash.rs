@@ -33,12 +33,8 @@ impl Host {
 
     /// Starts it again on what its disks kept.
     pub async fn restart(self, setup: &Setup) -> Self {
-        let Self { broker: Broker { cluster, address, dir, .. }, log, state } = self;
-        cluster.stop().await;
-        drop(cluster);
-        log.cut_power(0);
-        state.cut_power(0);
-        Self::start(setup, dir, bind(&address).await, log, state).await
+        self.broker.cluster.stop().await;
+        self.start_again(setup).await
     }
 }
 
@@ -319,16 +315,11 @@ async fn crash(
             assert!(begun.elapsed() < PATIENCE, "{what}: the others keep their logs");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        let is = point.is;
-        let (disk, beside) = (point.disk)(&host);
-        let (disk, beside) = (disk.clone(), beside.clone());
-        let host = host.restart_with(setup, move || disk.set_trap(moment, &beside, is)).await;
-        hosts.insert(victim, host);
-    } else {
-        let (disk, beside) = (point.disk)(&hosts[victim]);
-        let is = point.is;
-        disk.set_trap(moment, beside, is);
+        hosts.insert(victim, host.start_again(setup).await);
     }
+    // The trap is there before what springs it: a snapshot has to arrive first.
+    let (disk, beside) = (point.disk)(&hosts[victim]);
+    disk.set_trap(moment, beside, point.is);
     let served = hosts[victim].broker.cluster.state().position();
     let term = hosts[victim].broker.cluster.status().term;
     let begun = Instant::now();
@@ -351,12 +342,12 @@ async fn crash(
 }
 
 impl Host {
-    async fn restart_with(self, setup: &Setup, arm: impl FnOnce()) -> Self {
+    /// Starts it on what is left of its disks without power.
+    async fn start_again(self, setup: &Setup) -> Self {
         let Self { broker: Broker { cluster, address, dir, .. }, log, state } = self;
         drop(cluster);
         log.cut_power(0);
         state.cut_power(0);
-        arm();
         Self::start(setup, dir, bind(&address).await, log, state).await
     }
 }
