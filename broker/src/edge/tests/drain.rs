@@ -67,6 +67,7 @@ async fn a_drain_in_the_log_lets_sessions_end_until_its_deadline_and_is_taken_ba
     let end = world.attach(&world.connector, 2).await;
     let _dialed = play_connector(world.at, end, Manner::echoes());
     wait_for(|| world.edge.routing.via(world.connector.id).is_some()).await;
+    wait_for(|| world.edge.routing.load(NODE).is_some_and(|load| !load.draining)).await;
     let mut back = world.attach(&world.client, 3).await;
     open_echo(&world, &mut back).await;
 }
