@@ -140,8 +140,14 @@ impl Core {
     /// A state that holds everything that was committed before the call.
     pub(crate) async fn linearizable(self: &Arc<Self>, wait: Duration) -> Result<Arc<State>, Error> {
         let deadline = Instant::now() + wait;
-        let index = tokio::time::timeout_at(deadline, self.shared_read_index()).await;
-        let index = index.map_err(|_| Error::Unavailable)??;
+        let index = loop {
+            match tokio::time::timeout_at(deadline, self.shared_read_index()).await {
+                Ok(Ok(index)) => break index,
+                // The round gave up before this call does.
+                Ok(Err(_)) => self.pause(RETRY_INTERVAL).await.map_err(|_| Error::Unavailable)?,
+                Err(_) => return Err(Error::Unavailable),
+            }
+        };
         let mut applied = self.published.applied();
         let reached = applied.wait_for(|next| *next > index);
         let reached = tokio::time::timeout_at(deadline, reached).await.map_err(|_| Error::TimedOut)?;
