@@ -35,8 +35,8 @@ fn three_brokers_started_anew_one_after_the_other_cut_no_session_that_ends_in_ti
         assert!(log.contains("sessions_cut=0"), "{log}");
         shop.world.start_broker(number);
     }
-    let (done, failed) = load.end();
-    assert_eq!(failed, [] as [String; 0], "of {done}");
+    let (done, cut) = load.end();
+    assert_eq!(cut, [] as [String; 0], "of {done}");
     for number in 0..3 {
         let cut = records(&shop.world, number).into_iter().find(|record| record["why"] == "drained");
         assert_eq!(cut, None);
@@ -103,40 +103,45 @@ fn a_second_signal_ends_the_patience_of_a_broker_that_stops() {
 struct Load {
     stop: Arc<AtomicBool>,
     done: Arc<AtomicUsize>,
-    failed: Arc<Mutex<Vec<String>>>,
+    cut: Arc<Mutex<Vec<String>>>,
     threads: Vec<thread::JoinHandle<()>>,
 }
 
 impl Load {
     fn begin(address: SocketAddr) -> Self {
-        let (stop, done) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
-        let failed = Arc::<Mutex<Vec<String>>>::default();
+        let (stop, done) = <(Arc<AtomicBool>, Arc<AtomicUsize>)>::default();
+        let cut = Arc::<Mutex<Vec<String>>>::default();
         let run = || {
-            let (stop, done, failed) = (stop.clone(), done.clone(), failed.clone());
+            let (stop, done, cut) = (stop.clone(), done.clone(), cut.clone());
             thread::spawn(move || {
                 while !stop.load(Ordering::SeqCst) {
-                    match session(address) {
+                    // Who is refused tries again, as people do.
+                    let Ok(opened) = exchange(address) else {
+                        thread::sleep(PAUSE);
+                        continue;
+                    };
+                    match to_its_end(opened) {
                         Ok(()) => drop(done.fetch_add(1, Ordering::SeqCst)),
-                        Err(error) => failed.lock().expect("no thread panicked").push(error.to_string()),
+                        Err(error) => cut.lock().expect("no thread panicked").push(error.to_string()),
                     }
                 }
             })
         };
         let threads = (0..LOAD).map(|_| run()).collect();
-        Self { stop, done, failed, threads }
+        Self { stop, done, cut, threads }
     }
 
+    /// How many ended in order, and why others ended.
     fn end(self) -> (usize, Vec<String>) {
         self.stop.store(true, Ordering::SeqCst);
         self.threads.into_iter().for_each(|thread| thread.join().expect("no thread panicked"));
-        let failed = self.failed.lock().expect("no thread panicked").clone();
-        (self.done.load(Ordering::SeqCst), failed)
+        let cut = self.cut.lock().expect("no thread panicked").clone();
+        (self.done.load(Ordering::SeqCst), cut)
     }
 }
 
-/// One session from beginning to end, in order.
-fn session(address: SocketAddr) -> std::io::Result<()> {
-    let mut stream: TcpStream = exchange(address)?;
+/// The rest of a session that was opened, in order.
+fn to_its_end(mut stream: TcpStream) -> std::io::Result<()> {
     for _ in 1..LINES {
         thread::sleep(PAUSE);
         stream.write_all(b"hello\n")?;

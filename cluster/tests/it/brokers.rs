@@ -357,9 +357,9 @@ pub struct Counting {
 impl Enforcer for Counting {
     fn enforce(&self, _state: &Arc<State>, events: &[Envelope]) -> Confirmation {
         let _open = self.gate.lock().unwrap();
+        let confirmed = self.confirmed.lock().unwrap().clone();
         self.seen.lock().unwrap().extend(events.iter().cloned());
-        let confirmed = self.confirmed.lock().unwrap().clone()?;
-        Some(Box::pin(confirmed.cancelled_owned()))
+        Some(Box::pin(confirmed?.cancelled_owned()))
     }
 
     fn replaced(&self, _state: &Arc<State>) -> Confirmation {

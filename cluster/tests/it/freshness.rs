@@ -98,6 +98,8 @@ async fn a_change_waits_for_its_confirmation_and_the_lease_does_not() {
     *counting.confirmed.lock().unwrap() = Some(confirmed.clone());
     broker.create_token("closes").await.unwrap();
     let closes = broker.cluster.state().position();
+    let is_seen = || counting.seen.lock().unwrap().iter().any(|event| event.id == Some(closes));
+    until("the change is enforced", is_seen).await;
     *counting.confirmed.lock().unwrap() = None;
     broker.create_token("later").await.unwrap();
     let later = broker.cluster.state().position();
