@@ -274,7 +274,7 @@ impl Run<'_> {
         }
     }
 
-    /// Begins what is planned for now.
+    /// Begins what is planned for this moment.
     fn trouble(&mut self, begin_ms: u64) {
         let now_ms = self.now_ms();
         while let Some((_, trouble)) = self.plan.pop_if(|(at_ms, _)| begin_ms + *at_ms <= now_ms) {
