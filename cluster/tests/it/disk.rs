@@ -353,7 +353,8 @@ async fn small_disks(setup: &Setup, megabytes: u32) -> Option<(Vec<Broker>, Vec<
 #[tokio::test(flavor = "multi_thread")]
 async fn full_disks_refuse_writes_with_a_code_until_there_is_room_and_lose_nothing() {
     let setup = Setup::new();
-    let Some((mut brokers, disks)) = small_disks(&setup, 160).await else {
+    // Of each, what the databases lay aside for their logs takes a third.
+    let Some((mut brokers, disks)) = small_disks(&setup, 512).await else {
         return skip(
             "full_disks_refuse_writes_with_a_code_until_there_is_room_and_lose_nothing",
             "root, to mount a tmpfs",
@@ -430,7 +431,8 @@ async fn full_disks_refuse_writes_with_a_code_until_there_is_room_and_lose_nothi
 async fn a_read_only_disk_is_refused_with_a_code_and_nothing_is_half_done() {
     let mut setup = Setup::new();
     setup.log_limits = LogLimits::default();
-    let Some((mut brokers, disks)) = small_disks(&setup, 160).await else {
+    // Of each, what the databases lay aside for their logs takes a third.
+    let Some((mut brokers, disks)) = small_disks(&setup, 512).await else {
         return skip("a_read_only_disk_is_refused_with_a_code_and_nothing_is_half_done", "root, to mount a tmpfs");
     };
     let leader = leader_of(&brokers).await;
