@@ -63,32 +63,44 @@ impl Core {
 pub(crate) fn serve(
     core: Arc<Core>,
     caller: u64,
-    mut frames: Streaming<wire::ProposeFrame>,
+    frames: Streaming<wire::ProposeFrame>,
 ) -> impl Stream<Item = Result<wire::ProposeAnswer, Status>> + Send + 'static {
     let (answers, written) = mpsc::channel(ANSWERS_QUEUED_MAX);
     core.clone().tasks.spawn(async move {
-        let mut open = FuturesUnordered::new();
-        let mut reading = true;
-        loop {
-            let answered = tokio::select! {
-                () = core.stop.cancelled() => return,
-                frame = frames.message(), if reading && open.len() < OUTSTANDING_MAX => {
-                    match frame {
-                        Ok(Some(frame)) => open.push(answer(core.clone(), caller, frame)),
-                        Ok(None) | Err(_) => reading = false,
-                    }
-                    continue;
-                }
-                Some(answered) = open.next() => answered,
-                else => return,
-            };
-            let wrong = answered.is_err();
-            if answers.send(answered).await.is_err() || wrong {
-                return;
-            }
+        let decide = |frame| answer(core.clone(), caller, frame);
+        tokio::select! {
+            () = core.stop.cancelled() => {}
+            () = answer_all(frames, decide, answers) => {}
         }
     });
     ReceiverStream::new(written)
+}
+
+/// Takes proposals as long as not too many are unanswered, and answers each as soon as it is decided.
+async fn answer_all<A: Future<Output = Result<wire::ProposeAnswer, Status>>>(
+    mut frames: impl Stream<Item = Result<wire::ProposeFrame, Status>> + Unpin,
+    answer: impl Fn(wire::ProposeFrame) -> A,
+    answers: mpsc::Sender<Result<wire::ProposeAnswer, Status>>,
+) {
+    let mut open = FuturesUnordered::new();
+    let mut reading = true;
+    loop {
+        let answered = tokio::select! {
+            frame = frames.next(), if reading && open.len() < OUTSTANDING_MAX => {
+                match frame {
+                    Some(Ok(frame)) => open.push(answer(frame)),
+                    Some(Err(_)) | None => reading = false,
+                }
+                continue;
+            }
+            Some(answered) = open.next() => answered,
+            else => return,
+        };
+        let wrong = answered.is_err();
+        if answers.send(answered).await.is_err() || wrong {
+            return;
+        }
+    }
 }
 
 async fn answer(core: Arc<Core>, caller: u64, frame: wire::ProposeFrame) -> Result<wire::ProposeAnswer, Status> {
@@ -181,44 +193,214 @@ async fn run(core: Arc<Core>, leader: u64, mut queue: mpsc::Receiver<Outgoing>) 
     let (frames, to_write) = mpsc::channel(FRAMES_QUEUED_MAX);
     let mut client = core.peer_client(leader, Purpose::Propose);
     let opening = client.propose_stream(Request::new(ReceiverStream::new(to_write)));
-    let mut open = BTreeMap::new();
     if let Ok(Ok(answers)) = tokio::time::timeout(OPEN_TIMEOUT, opening).await {
-        let mut answers = answers.into_inner();
-        let mut tag = 0;
-        loop {
-            tokio::select! {
-                () = core.stop.cancelled() => break,
-                next = tokio::time::timeout(IDLE_TIMEOUT, queue.recv()), if open.len() < OUTSTANDING_MAX => {
-                    let Ok(Some(Outgoing { request, answer })) = next else {
-                        if open.is_empty() { break } else { continue }
-                    };
-                    if answer.is_closed() {
-                        continue;
-                    }
-                    tag += 1;
-                    open.insert(tag, answer);
-                    if frames.send(wire::ProposeFrame { tag, request: Some(request) }).await.is_err() {
-                        break;
-                    }
-                }
-                answered = answers.message() => match answered {
-                    Ok(Some(answered)) => {
-                        if let Some(answer) = open.remove(&answered.tag) {
-                            // Who asked may have given up.
-                            let _ = answer.send(reply_back(answered.reply.unwrap_or_default()));
-                        }
-                    }
-                    Ok(None) | Err(_) => break,
-                },
-            }
-            if open.len() >= OUTSTANDING_MAX {
-                open.retain(|_, answer: &mut oneshot::Sender<Answer>| !answer.is_closed());
-            }
+        tokio::select! {
+            () = core.stop.cancelled() => {}
+            () = converse(&mut queue, &frames, answers.into_inner()) => {}
         }
     }
+    refuse_rest(queue);
+}
+
+/// Writes proposals as long as not too many are unanswered and passes answers back, until the stream ends or was idle.
+/// What was written and has no answer then is dropped, which answers it as unknown.
+async fn converse(
+    queue: &mut mpsc::Receiver<Outgoing>,
+    frames: &mpsc::Sender<wire::ProposeFrame>,
+    mut answers: impl Stream<Item = Result<wire::ProposeAnswer, Status>> + Unpin,
+) {
+    let mut open = BTreeMap::new();
+    let mut tag = 0;
+    loop {
+        tokio::select! {
+            next = tokio::time::timeout(IDLE_TIMEOUT, queue.recv()), if open.len() < OUTSTANDING_MAX => {
+                let Ok(Some(Outgoing { request, answer })) = next else {
+                    if open.is_empty() { return } else { continue }
+                };
+                if answer.is_closed() {
+                    continue;
+                }
+                tag += 1;
+                open.insert(tag, answer);
+                if frames.send(wire::ProposeFrame { tag, request: Some(request) }).await.is_err() {
+                    return;
+                }
+            }
+            answered = answers.next() => match answered {
+                Some(Ok(answered)) => {
+                    if let Some(answer) = open.remove(&answered.tag) {
+                        // Who asked may have given up.
+                        let _ = answer.send(reply_back(answered.reply.unwrap_or_default()));
+                    }
+                }
+                Some(Err(_)) | None => return,
+            },
+        }
+        if open.len() >= OUTSTANDING_MAX {
+            open.retain(|_, answer: &mut oneshot::Sender<Answer>| !answer.is_closed());
+        }
+    }
+}
+
+/// What waits in the queue of a stream that has ended was never written.
+fn refuse_rest(mut queue: mpsc::Receiver<Outgoing>) {
     queue.close();
     while let Ok(Outgoing { answer, .. }) = queue.try_recv() {
         let _ = answer.send(Answer::NotLeader(None));
     }
-    // What is open was written: dropping it answers unknown.
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::oneshot::error::TryRecvError;
+
+    use super::*;
+
+    /// The near end of a stream whose far end is the test.
+    struct Near {
+        queue: mpsc::Sender<Outgoing>,
+        written: mpsc::Receiver<wire::ProposeFrame>,
+        answers: mpsc::Sender<Result<wire::ProposeAnswer, Status>>,
+        ended: tokio::task::JoinHandle<()>,
+    }
+
+    impl Near {
+        fn open() -> Self {
+            let (queue, mut queued) = mpsc::channel(OUTSTANDING_MAX);
+            let (frames, written) = mpsc::channel(2 * OUTSTANDING_MAX);
+            let (answers, answered) = mpsc::channel(16);
+            let ended = tokio::spawn(async move {
+                converse(&mut queued, &frames, ReceiverStream::new(answered)).await;
+                refuse_rest(queued);
+            });
+            Self { queue, written, answers, ended }
+        }
+
+        async fn propose(&self) -> oneshot::Receiver<Answer> {
+            let (answer, answered) = oneshot::channel();
+            self.queue.send(Outgoing { request: wire::ProposeRequest::default(), answer }).await.ok().unwrap();
+            answered
+        }
+
+        async fn answer(&self, tag: u64) {
+            let reply = Some(reply(Answer::Busy));
+            self.answers.send(Ok(wire::ProposeAnswer { tag, reply })).await.unwrap();
+        }
+
+        /// What has been written when nothing more can happen by itself.
+        async fn settled(&mut self) -> Vec<u64> {
+            let mut tags = Vec::new();
+            // Time stands still: this passes only when every task waits for something.
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            while let Ok(frame) = self.written.try_recv() {
+                tags.push(frame.tag);
+            }
+            tags
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_has_so_many_proposals_unanswered_and_those_given_up_do_not_count() {
+        let mut stream = Near::open();
+        let mut waiting = Vec::new();
+        for _ in 0..OUTSTANDING_MAX + 3 {
+            waiting.push(stream.propose().await);
+        }
+        assert_eq!(stream.settled().await.len(), OUTSTANDING_MAX);
+        stream.answer(7).await;
+        assert_eq!(stream.settled().await, [OUTSTANDING_MAX as u64 + 1], "one place, one more");
+        assert!(matches!(waiting[6].try_recv(), Ok(Answer::Busy)));
+        // Who gave up does not keep its place; that is seen at the next answer.
+        drop(waiting.drain(..2));
+        stream.answer(8).await;
+        assert_eq!(stream.settled().await.len(), 2);
+        assert!(!stream.ended.is_finished());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_idle_stream_ends_and_one_that_waits_for_an_answer_does_not() {
+        let mut stream = Near::open();
+        let waiting = stream.propose().await;
+        assert_eq!(stream.settled().await, [1]);
+        tokio::time::sleep(10 * IDLE_TIMEOUT).await;
+        assert!(!stream.ended.is_finished(), "an answer is owed");
+        stream.answer(1).await;
+        assert!(matches!(waiting.await, Ok(Answer::Busy)));
+        tokio::time::sleep(IDLE_TIMEOUT / 2).await;
+        let _again = stream.propose().await;
+        stream.answer(2).await;
+        tokio::time::sleep(IDLE_TIMEOUT * 3 / 4).await;
+        assert!(!stream.ended.is_finished(), "it was used since");
+        tokio::time::sleep(IDLE_TIMEOUT / 2).await;
+        assert!(stream.ended.is_finished());
+        assert!(stream.queue.is_closed(), "whoever comes next opens another");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_written_to_a_stream_that_ends_is_unknown_and_what_was_not_is_not_applied() {
+        let mut stream = Near::open();
+        let mut waiting = Vec::new();
+        for _ in 0..OUTSTANDING_MAX + 1 {
+            waiting.push(stream.propose().await);
+        }
+        assert_eq!(stream.settled().await.len(), OUTSTANDING_MAX);
+        let Near { answers, ended, .. } = stream;
+        answers.send(Err(Status::unavailable("gone"))).await.unwrap();
+        ended.await.unwrap();
+        assert!(matches!(waiting.pop().unwrap().try_recv(), Ok(Answer::NotLeader(None))), "never written");
+        for mut written in waiting {
+            // `forward` answers a dropped one as unknown.
+            assert!(matches!(written.try_recv(), Err(TryRecvError::Closed)));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_leader_reads_so_many_proposals_of_a_stream_ahead_and_answers_each_once() {
+        let (send, frames) = mpsc::channel(2 * OUTSTANDING_MAX);
+        let (answers, mut answered) = mpsc::channel(2 * OUTSTANDING_MAX);
+        let gates = Arc::new(Mutex::new(BTreeMap::new()));
+        let taken = gates.clone();
+        let decide = move |frame: wire::ProposeFrame| {
+            let (open, opened) = oneshot::channel::<()>();
+            taken.lock().insert(frame.tag, open);
+            async move {
+                opened.await.map_err(|_| Status::cancelled("the test is over"))?;
+                Ok(wire::ProposeAnswer { tag: frame.tag, reply: None })
+            }
+        };
+        let serving = tokio::spawn(answer_all(ReceiverStream::new(frames), decide, answers));
+        let frames = OUTSTANDING_MAX as u64 + 5;
+        for tag in 1..=frames {
+            send.send(Ok(wire::ProposeFrame { tag, request: None })).await.unwrap();
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        assert_eq!(gates.lock().len(), OUTSTANDING_MAX, "the rest waits in the stream");
+        // The third is decided first, and makes room for one more.
+        gates.lock().remove(&3).unwrap().send(()).unwrap();
+        assert_eq!(answered.recv().await.unwrap().unwrap().tag, 3);
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        assert!(gates.lock().contains_key(&(OUTSTANDING_MAX as u64 + 1)));
+        drop(send);
+        let mut tags = vec![3];
+        while tags.len() < frames as usize {
+            let open = std::mem::take(&mut *gates.lock());
+            open.into_values().for_each(|open| open.send(()).unwrap());
+            tags.push(answered.recv().await.unwrap().unwrap().tag);
+        }
+        tags.sort_unstable();
+        assert_eq!(tags, (1..=frames).collect::<Vec<_>>());
+        serving.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_proposal_that_no_broker_of_ours_sends_ends_its_stream() {
+        let (send, frames) = mpsc::channel(4);
+        let (answers, mut answered) = mpsc::channel(4);
+        let refuse = |_| async { Err(Status::permission_denied("the command names another proposer")) };
+        let serving = tokio::spawn(answer_all(ReceiverStream::new(frames), refuse, answers));
+        send.send(Ok(wire::ProposeFrame::default())).await.unwrap();
+        serving.await.unwrap();
+        assert_eq!(answered.recv().await.unwrap().unwrap_err().code(), tonic::Code::PermissionDenied);
+        assert!(answered.recv().await.is_none());
+    }
 }

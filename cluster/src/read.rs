@@ -20,7 +20,7 @@ use crate::metrics::LEASE_RENEWALS_TOTAL;
 const RETRY_INTERVAL: Duration = Duration::from_millis(30);
 /// One attempt at a leader that does not answer.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(2);
-/// One round of asking for reads.
+/// A round of asking for reads ends after so long.
 const ROUND_TIMEOUT: Duration = Duration::from_secs(5);
 /// Renewals of the freshness lease are no closer together.
 pub const RENEW_INTERVAL_MIN: Duration = Duration::from_millis(250);
@@ -45,6 +45,25 @@ struct Waiting {
 }
 
 impl Rounds {
+    /// Waits for the next round; whether the caller is the one to [`Rounds::run`].
+    fn join(&self) -> (oneshot::Receiver<Option<u64>>, bool) {
+        let (answer, answered) = oneshot::channel();
+        let mut inner = self.inner.lock();
+        inner.waiting.push(answer);
+        (answered, !std::mem::replace(&mut inner.running, true))
+    }
+
+    /// Asks once for all who wait, again for those who came meanwhile, and ends when nobody waits.
+    async fn run<A: Future<Output = Option<u64>>>(&self, ask: impl Fn() -> A) {
+        while let Some(waiting) = self.next() {
+            let index = ask().await;
+            for answer in waiting {
+                // Who asked may have given up.
+                let _ = answer.send(index);
+            }
+        }
+    }
+
     /// Who waits for the next round; none ends the asking.
     fn next(&self) -> Option<Vec<oneshot::Sender<Option<u64>>>> {
         let mut inner = self.inner.lock();
@@ -114,25 +133,17 @@ impl Core {
         }
     }
 
+    /// One round of asking for reads.
+    async fn ask(&self) -> Option<u64> {
+        self.read_index(false, Instant::now() + ROUND_TIMEOUT).await.ok()
+    }
+
     /// A read index that was asked for after this call; calls that wait at the same time share the asking.
     async fn shared_read_index(self: &Arc<Self>) -> Result<u64, Error> {
-        let (answer, answered) = oneshot::channel();
-        let first = {
-            let mut rounds = self.rounds.inner.lock();
-            rounds.waiting.push(answer);
-            !std::mem::replace(&mut rounds.running, true)
-        };
+        let (answered, first) = self.rounds.join();
         if first {
             let core = self.clone();
-            self.tasks.spawn(async move {
-                while let Some(waiting) = core.rounds.next() {
-                    let index = core.read_index(false, Instant::now() + ROUND_TIMEOUT).await;
-                    for answer in waiting {
-                        // Who asked may have given up.
-                        let _ = answer.send(index.as_ref().ok().copied());
-                    }
-                }
-            });
+            self.tasks.spawn(async move { core.rounds.run(|| core.ask()).await });
         }
         answered.await.ok().flatten().ok_or(Error::Unavailable)
     }
@@ -225,5 +236,73 @@ pub(crate) async fn keep_lease(core: Arc<Core>) {
             () = tokio::time::sleep(pause) => {}
             () = core.lease.wanted(), if renewed.is_ok() => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use tokio::sync::Semaphore;
+
+    use super::*;
+
+    /// A leader that answers the n-th asking with n, each when it is let.
+    #[derive(Default)]
+    struct Leader {
+        asked: AtomicU64,
+        let_answer: Option<Arc<Semaphore>>,
+    }
+
+    impl Leader {
+        async fn ask(&self) -> Option<u64> {
+            let number = self.asked.fetch_add(1, Ordering::SeqCst) + 1;
+            self.let_answer.as_ref()?.acquire().await.ok()?.forget();
+            Some(number)
+        }
+    }
+
+    fn ready(answered: &mut oneshot::Receiver<Option<u64>>) -> Option<u64> {
+        answered.try_recv().ok().flatten()
+    }
+
+    #[tokio::test]
+    async fn reads_share_a_round_but_only_one_that_is_sent_after_they_arrived() {
+        let (rounds, answers) = (Arc::new(Rounds::default()), Arc::new(Semaphore::new(0)));
+        let leader = Arc::new(Leader { let_answer: Some(answers.clone()), ..Leader::default() });
+        let (mut early, first) = rounds.join();
+        assert!(first, "nobody asks yet");
+        let (running, asked) = (rounds.clone(), leader.clone());
+        let asking = tokio::spawn(async move { running.run(|| asked.ask()).await });
+        while leader.asked.load(Ordering::SeqCst) == 0 {
+            tokio::task::yield_now().await;
+        }
+        // The question is on its way: what is answered to it may be older than these reads.
+        let mut late: Vec<_> = (0..10).map(|_| rounds.join()).collect();
+        assert!(late.iter().all(|(_, first)| !first), "somebody asks already");
+        answers.add_permits(1);
+        while leader.asked.load(Ordering::SeqCst) == 1 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(ready(&mut early), Some(1));
+        assert!(late.iter_mut().all(|(answered, _)| ready(answered).is_none()), "the first answer is not theirs");
+        answers.add_permits(1);
+        asking.await.unwrap();
+        assert!(late.iter_mut().all(|(answered, _)| ready(answered) == Some(2)), "one question for all of them");
+        assert_eq!(leader.asked.load(Ordering::SeqCst), 2, "and none when nobody waits");
+        assert!(rounds.join().1, "the next read asks again");
+    }
+
+    #[tokio::test]
+    async fn a_round_without_an_answer_fails_those_that_waited_for_it_and_no_others() {
+        let rounds = Rounds::default();
+        let (mut waiting, _) = rounds.join();
+        let silent = Leader::default();
+        rounds.run(|| silent.ask()).await;
+        assert_eq!(waiting.try_recv().unwrap(), None);
+        let (mut next, first) = rounds.join();
+        assert!(first);
+        rounds.run(|| async { Some(9) }).await;
+        assert_eq!(ready(&mut next), Some(9));
     }
 }

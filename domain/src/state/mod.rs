@@ -7,6 +7,8 @@ mod hash;
 mod key;
 mod read;
 mod table;
+#[cfg(test)]
+mod tests;
 
 use std::ops::Bound;
 use std::sync::Arc;
