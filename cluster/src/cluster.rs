@@ -9,6 +9,7 @@ use std::time::Duration;
 use futures::Stream;
 use parking_lot::Mutex;
 use selvedge_domain::command::InitCluster;
+use selvedge_domain::decide::VERSION;
 use selvedge_domain::{Asker, Body, Envelope, Id, State};
 use selvedge_proto::peer as wire;
 use selvedge_proto::peer::change_request::Change;
@@ -123,7 +124,8 @@ impl Cluster {
         let mut why = "no address was given".to_owned();
         for address in addresses {
             let mut client = PeerClient::new(self.core.dialer.channel_to_address(address));
-            let mut request = Request::new(wire::JoinRequest { address: advertised.to_owned() });
+            let join = wire::JoinRequest { address: advertised.to_owned(), version: VERSION };
+            let mut request = Request::new(join);
             request.set_timeout(JOIN_TIMEOUT);
             use wire::change_reply::Result as Reply;
             match tokio::time::timeout(JOIN_TIMEOUT, client.join(request)).await {
@@ -334,7 +336,11 @@ async fn start(
     let (published, to_enforce) = Published::new(options.clock.clone(), old_log_index);
     let snapshot_dir = options.dir.path().join(SNAPSHOT_DIR);
     let machine = Machine::open(store.clone(), snapshot_dir, published.clone(), blocking.clone(), fatal.clone());
-    let machine = machine.await.map_err(Error::State)?;
+    // Of what stops a broker it says itself what it is.
+    let machine = machine.await.map_err(|error| match fatal.borrow().clone() {
+        Some(fatal) => Error::Fatal(fatal),
+        None => Error::State(error),
+    })?;
     continues(log.log().bounds().last_purged.map(|id| id.index), machine.applied_index())?;
     let snapshots = machine.snapshots();
 

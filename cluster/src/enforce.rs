@@ -19,6 +19,7 @@ use crate::error::{Error, Fatal};
 use crate::lease::surely_over_ms;
 use crate::metrics::{ENFORCE_SECONDS, ENFORCED_INDEX, STATE_DIFFERS_TOTAL};
 use crate::published::{HashesAt, ToEnforce};
+use crate::version::Build;
 
 /// Judges sessions, pending opens and tickets again when the state has changed.
 ///
@@ -177,7 +178,7 @@ async fn report_to(core: Arc<Core>, node: u64, stop: tokio_util::sync::Cancellat
     loop {
         let position = *confirmed.borrow_and_update();
         let mut client = core.peer_client(node, Purpose::Control);
-        let hashes = core.published.last_hashes();
+        let (hashes, own) = (core.published.last_hashes(), Build::own());
         let mut request = Request::new(wire::ReportRequest {
             enforced_index: *core.enforced.borrow(),
             enforced: Some(convert::position(position)),
@@ -185,6 +186,8 @@ async fn report_to(core: Arc<Core>, node: u64, stop: tokio_util::sync::Cancellat
             state_hash: hashes.as_ref().map(|hashes| hashes.state.to_vec()).unwrap_or_default(),
             journal_hash: hashes.map(|hashes| hashes.journal).unwrap_or_default(),
             no_room: *core.closed_to_writes.lock() == Some(NoWrites::NoRoom),
+            version: own.version,
+            build: own.name,
         });
         request.set_timeout(REPORT_TIMEOUT);
         tokio::select! {
@@ -218,6 +221,9 @@ struct Reported {
     /// The last that could be compared were not ours.
     differs: bool,
     no_room: bool,
+    build: Build,
+    /// When it was last heard, boottime in milliseconds.
+    heard_ms: u64,
 }
 
 impl Reports {
@@ -226,9 +232,12 @@ impl Reports {
         &mut self,
         node: u64,
         report: wire::ReportRequest,
+        now_ms: u64,
         ours: impl Fn(u64) -> Option<HashesAt>,
     ) -> bool {
         let reported = self.nodes.entry(node).or_default();
+        reported.build = Build::reported(report.version, report.build);
+        reported.heard_ms = now_ms;
         reported.no_room = report.no_room;
         reported.enforced = reported.enforced.max(convert::position_back(report.enforced));
         if let Ok(state) = report.state_hash.try_into()
@@ -249,6 +258,11 @@ impl Reports {
     /// One of these that has room on its disks.
     pub(crate) fn roomy(&self, voters: &[u64]) -> Option<u64> {
         voters.iter().copied().find(|voter| self.nodes.get(voter).is_some_and(|reported| !reported.no_room))
+    }
+
+    /// The build that a broker said it is, and when it was last heard.
+    pub(crate) fn build(&self, node: u64) -> Option<(Build, u64)> {
+        self.nodes.get(&node).map(|reported| (reported.build.clone(), reported.heard_ms))
     }
 
     fn enforced(&self, node: u64) -> Option<Id> {
@@ -286,7 +300,7 @@ pub(crate) fn take_report(core: &Arc<Core>, node: u64, report: wire::ReportReque
     let index = report.applied_index;
     let differs = {
         let mut reports = core.reports.lock();
-        if reports.take(node, report, |index| core.published.hashes_at(index)) {
+        if reports.take(node, report, core.clock.boottime_ms(), |index| core.published.hashes_at(index)) {
             // Who is wrong, a majority says; until it does this wants somebody's attention.
             ::metrics::counter!(STATE_DIFFERS_TOTAL).increment(1);
             tracing::error!(code = "SE0119", node, index, "this broker's state differs from ours");
@@ -408,13 +422,13 @@ mod tests {
     #[test]
     fn who_differs_from_a_majority_is_told_and_nobody_without_one() {
         let mut reports = Reports::default();
-        reports.take(2, report(7, 9), ours);
+        reports.take(2, report(7, 9), 0, ours);
         assert_eq!(reports.differs(1, &[1, 2, 3], 7, ours), None, "one of three is no majority");
-        reports.take(3, report(7, 8), ours);
+        reports.take(3, report(7, 8), 0, ours);
         assert_eq!(reports.differs(1, &[1, 2, 3], 7, ours), None, "all three differ from each other");
-        reports.take(3, report(8, 9), ours);
+        reports.take(3, report(8, 9), 0, ours);
         assert_eq!(reports.differs(1, &[1, 2, 3], 8, ours), None, "the other one did not report this index");
-        reports.take(2, report(8, 9), ours);
+        reports.take(2, report(8, 9), 0, ours);
         assert_eq!(reports.differs(1, &[1, 2, 3], 8, ours), Some(8));
         assert_eq!(reports.differs(1, &[1, 2, 3], 7, |_| None), None, "what we do not hold is not judged");
     }

@@ -70,6 +70,9 @@ pub enum Error {
         /// What it said.
         status: Box<tonic::Status>,
     },
+    /// This broker must not start.
+    #[error("{0} ({code})", code = .0.code())]
+    Fatal(#[from] Fatal),
     /// The cluster cannot be initialised.
     #[error("the cluster cannot be initialised: {0}")]
     Initialize(String),
@@ -138,6 +141,14 @@ pub enum Fatal {
     /// An administrator removed this broker from the cluster, for ever.
     #[error("this broker was removed from the cluster")]
     Removed,
+    /// What was committed can only be decided by a newer build than this one.
+    #[error("the log holds what only a newer build knows: {what}; this one knows version {known} of the rules")]
+    Newer {
+        /// What.
+        what: String,
+        /// The newest version that this build knows.
+        known: u32,
+    },
     /// Judging sessions again after a change panicked: what was not judged never counts as enforced.
     #[error("enforcing the changes up to index {index} failed")]
     Enforcing {
@@ -154,6 +165,7 @@ impl Fatal {
             Self::StateDiffers { .. } => "SE0102",
             Self::Enforcing { .. } => "SE0103",
             Self::Removed => "SE0104",
+            Self::Newer { .. } => "SE0105",
             Self::NoSpace(_) => "SE0111",
             Self::DiskStalled { .. } => "SE0112",
             Self::Forgot { .. } => "SE0113",

@@ -47,6 +47,8 @@ const CLOCK_AGE_MS_MAX: u64 = 30_000;
 
 /// A command that waits to be put into an entry.
 pub(crate) struct Pending {
+    /// In an entry of its own: what is decided after it is decided by other rules.
+    pub(crate) alone: bool,
     pub(crate) command: Bytes,
     pub(crate) answer: oneshot::Sender<Answer>,
 }
@@ -87,17 +89,8 @@ pub(crate) async fn batch(core: Arc<Core>, mut queue: mpsc::Receiver<Pending>) {
                 Err(_) => return,
             },
         };
-        let mut bytes = first.command.len();
-        let mut batch = vec![first];
-        while batch.len() < ENTRY_COMMANDS_MAX && bytes < ENTRY_BYTES_MAX {
-            let Ok(next) = queue.try_recv() else { break };
-            if bytes + next.command.len() > ENTRY_BYTES_MAX {
-                held = Some(next);
-                break;
-            }
-            bytes += next.command.len();
-            batch.push(next);
-        }
+        let batch;
+        (batch, held) = gather(first, &mut queue);
         ::metrics::gauge!(QUEUE_COMMANDS).set(queue.len() as f64);
         let Some(time_ms) = stamp(&core) else {
             hand_over(&core).await;
@@ -133,6 +126,22 @@ pub(crate) async fn batch(core: Arc<Core>, mut queue: mpsc::Receiver<Pending>) {
     }
 }
 
+/// The commands of one entry, in the order in which they came, and the next one when it does not fit.
+fn gather(first: Pending, queue: &mut mpsc::Receiver<Pending>) -> (Vec<Pending>, Option<Pending>) {
+    let mut bytes = first.command.len();
+    let alone = first.alone;
+    let mut batch = vec![first];
+    while batch.len() < ENTRY_COMMANDS_MAX && bytes < ENTRY_BYTES_MAX && !alone {
+        let Ok(next) = queue.try_recv() else { break };
+        if next.alone || bytes + next.command.len() > ENTRY_BYTES_MAX {
+            return (batch, Some(next));
+        }
+        bytes += next.command.len();
+        batch.push(next);
+    }
+    (batch, None)
+}
+
 fn answer_all(answers: Vec<oneshot::Sender<Answer>>, with: impl Fn() -> Answer) {
     for answer in answers {
         let _ = answer.send(with());
@@ -143,9 +152,9 @@ impl Core {
     /// Puts a command into this broker's queue, as its leader, once its actor has proven to be who it says.
     pub(crate) async fn enqueue(
         self: &Arc<Self>,
-        actor: &Actor,
+        command: &Command,
         credential: Option<&Credential>,
-        command: Bytes,
+        bytes: Bytes,
     ) -> Answer {
         if !self.leads() {
             return Answer::NotLeader(self.leader().filter(|leader| *leader != self.node));
@@ -155,7 +164,7 @@ impl Core {
             Some(NoWrites::Stalled) => return Answer::Busy,
             None => {}
         }
-        match self.verify(actor, credential).await {
+        match self.verify(&command.actor, credential).await {
             Ok(true) => {}
             Ok(false) => {
                 ::metrics::counter!(CREDENTIALS_REFUSED_TOTAL).increment(1);
@@ -164,8 +173,12 @@ impl Core {
             }
             Err(answer) => return answer,
         }
+        if let Some(rejected) = self.held_back(command) {
+            return Answer::Outcome(Outcome::Refused(rejected));
+        }
         let (answer, answered) = oneshot::channel();
-        match self.queue.try_send(Pending { command, answer }) {
+        let alone = matches!(command.body, Body::RaiseMinVersion { .. });
+        match self.queue.try_send(Pending { alone, command: bytes, answer }) {
             Ok(()) => answered.await.unwrap_or(Answer::Unknown),
             Err(_) => Answer::Busy,
         }
@@ -273,7 +286,7 @@ pub(crate) async fn keep_time(core: Arc<Core>) {
             let command = Command::new(Actor::BROKER, core.node, None, Body::Tick);
             let core = core.clone();
             core.tasks.clone().spawn(async move {
-                let answer = core.enqueue(&command.actor, None, command.encode().into()).await;
+                let answer = core.enqueue(&command, None, command.encode().into()).await;
                 tracing::trace!(?answer, "tick");
             });
         }
@@ -341,6 +354,32 @@ impl Core {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_entry_is_bounded_and_a_raise_of_the_version_has_one_of_its_own() {
+        let pending = |bytes: usize, alone| {
+            let (answer, _) = oneshot::channel();
+            Pending { alone, command: vec![0; bytes].into(), answer }
+        };
+        let (send, mut queue) = mpsc::channel(2 * ENTRY_COMMANDS_MAX);
+        let mut entries = |waiting: Vec<Pending>| {
+            waiting.into_iter().for_each(|waiting| send.try_send(waiting).ok().unwrap());
+            let (mut held, mut entries) = (None, Vec::new());
+            while let Some(first) = held.take().or_else(|| queue.try_recv().ok()) {
+                let batch;
+                (batch, held) = gather(first, &mut queue);
+                entries.push(batch.len());
+            }
+            entries
+        };
+        let small = |count: usize| (0..count).map(|_| pending(1, false));
+        let raise = || pending(1, true);
+        assert_eq!(entries(small(2).chain([raise()]).chain(small(3)).collect()), [2, 1, 3]);
+        assert_eq!(entries(vec![raise(), raise(), pending(1, false)]), [1, 1, 1]);
+        assert_eq!(entries(small(ENTRY_COMMANDS_MAX + 1).collect()), [ENTRY_COMMANDS_MAX, 1]);
+        let half = || pending(ENTRY_BYTES_MAX / 2, false);
+        assert_eq!(entries(vec![half(), half(), half(), pending(2 * ENTRY_BYTES_MAX, false), half()]), [2, 1, 1, 1]);
+    }
 
     #[test]
     fn one_clock_that_jumps_does_not_move_the_median() {

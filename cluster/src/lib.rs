@@ -38,6 +38,7 @@ mod service;
 mod snapshot;
 mod status;
 mod transport;
+mod version;
 mod watchdog;
 
 pub use blocking::Blocking;

@@ -11,7 +11,7 @@ use openraft::OptionalSend;
 use openraft::storage::{EntryResponder, RaftStateMachine};
 use prost::Message as _;
 use selvedge_domain::state::{Meta, last_changes};
-use selvedge_domain::{Changes, Command, Outcome, RowChange, State};
+use selvedge_domain::{Changes, Outcome, RowChange, State};
 use selvedge_proto::peer as wire;
 use selvedge_storage::state::StateStore;
 use tokio::sync::watch;
@@ -24,6 +24,7 @@ use crate::metrics::{APPLIED_INDEX, APPLY_SECONDS};
 use crate::published::{HashesAt, Published};
 use crate::raft_types::{Batch, Entry, LogId, Payload, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
 use crate::snapshot::{SnapshotData, Snapshots, decode_meta};
+use crate::version;
 
 /// Entries that are applied with one write.
 const APPLY_ENTRIES_MAX: usize = 64;
@@ -84,7 +85,9 @@ impl Machine {
         let (rows, meta) = self.snapshots.blocking().run(read).await?;
         let meta = meta.map_or_else(|| Ok(wire::StateMeta::default()), |bytes| decode_meta(&bytes))?;
         let domain = Meta::decode(&*meta.domain).map_err(|_| invalid("the stored meta of the state is none"))?;
-        self.state = State::load(domain, rows).map_err(io::Error::other)?;
+        let state = State::load(domain, rows);
+        version::loaded(&state).map_err(|newer| self.must_stop(newer))?;
+        self.state = state.map_err(io::Error::other)?;
         self.last_applied = meta.last_applied.as_ref().map(convert::log_id_back);
         self.membership = convert::stored_membership_back(meta.membership.as_ref())?;
         let index = self.last_applied.as_ref().map(|id| id.index);
@@ -121,8 +124,8 @@ impl Machine {
                 let batch = wire::Batch::decode(bytes).map_err(|_| invalid("an entry that is not a batch"))?;
                 let mut outcomes = Vec::with_capacity(batch.commands.len());
                 for command in batch.commands {
-                    // What this version does not know must not be passed over: the others may know it.
-                    let command = Command::decode(&command).map_err(io::Error::other)?;
+                    // What this build does not know must not be passed over: the others may know it.
+                    let command = version::read(&command).map_err(|newer| self.must_stop(newer))?;
                     outcomes.push(self.state.apply(batch.time_ms, &command, changes));
                 }
                 outcomes
@@ -130,6 +133,12 @@ impl Machine {
         };
         self.last_applied = Some(entry.log_id);
         Ok(outcomes)
+    }
+
+    /// Says why this broker stops before Raft finds that it cannot apply any more.
+    fn must_stop(&self, fatal: Fatal) -> io::Error {
+        fatal.clone().report(&self.fatal);
+        io::Error::other(fatal)
     }
 
     async fn apply_batch(&mut self, entries: Vec<Result<EntryResponder<TypeConfig>, io::Error>>) -> io::Result<()> {

@@ -211,7 +211,8 @@ fn judge(error: WriteError) -> Attempt {
         ) => Attempt::NotLeader(leader_id),
         // One change at a time: whoever leads finishes the one under way.
         RaftError::APIError(error) => Attempt::Later(error.to_string()),
-        RaftError::Fatal(error) => Attempt::Failed(error.to_string()),
+        // This leader stops: whoever leads next may have it already, or does it.
+        RaftError::Fatal(error) => Attempt::Later(error.to_string()),
     }
 }
 

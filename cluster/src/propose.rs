@@ -16,6 +16,7 @@ use crate::core::Core;
 use crate::error::ProposeError;
 use crate::leader::{Answer, BUSY_RETRY_AFTER_MS};
 use crate::metrics::{PROPOSAL_SECONDS, PROPOSALS_TOTAL};
+use crate::version;
 
 /// Bytes of one encoded command.
 pub const COMMAND_BYTES_MAX: usize = 8 << 20;
@@ -129,6 +130,9 @@ impl Core {
         idempotency: Option<[u8; 32]>,
         deadline: Instant,
     ) -> Result<Done, ProposeError> {
+        if let Some(rejected) = version::too_early(&self.published.state(), &body) {
+            return Err(ProposeError::Refused(rejected));
+        }
         let mut command = Command::new(asker.actor, self.node, None, body);
         let mut again = true;
         let outcome = loop {
@@ -229,7 +233,7 @@ impl Core {
             let answer = match leader {
                 None => Answer::NotLeader(None),
                 Some(leader) if leader == self.node => {
-                    let answer = self.enqueue(&command.actor, credential, bytes.clone());
+                    let answer = self.enqueue(command, credential, bytes.clone());
                     tokio::time::timeout(left.min(ENQUEUED_TIMEOUT), answer).await.unwrap_or(Answer::Unknown)
                 }
                 Some(leader) => {

@@ -37,6 +37,8 @@ pub struct Status {
     pub position: selvedge_domain::Id,
     /// Hash of the state here, in hex.
     pub state_hash: String,
+    /// Version of the rules in force.
+    pub version: u32,
     /// Voters and learners.
     pub members: Vec<Member>,
     /// A change of the voters is under way: two sets of them decide together.
@@ -60,6 +62,10 @@ pub struct Member {
     pub lag_entries: Option<u64>,
     /// Since it last answered, milliseconds; on the leader only.
     pub last_contact_ms: Option<u64>,
+    /// The newest version of the rules that its build knows; none when it was not heard lately.
+    pub version: Option<u32>,
+    /// Its build.
+    pub build: Option<String>,
 }
 
 pub(crate) fn status(core: &Core) -> Status {
@@ -76,6 +82,7 @@ pub(crate) fn status(core: &Core) -> Status {
             matched.map(|id| id.index)
         };
         let heard = metrics.heartbeat.as_ref().and_then(|nodes| nodes.get(&node).copied().flatten());
+        let build = core.build_of(node);
         let last_contact_ms = heard.map(|at| u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX));
         Member {
             node,
@@ -83,6 +90,8 @@ pub(crate) fn status(core: &Core) -> Status {
             matched,
             lag_entries: matched.filter(|_| leads).map(|at| metrics.last_log_index.unwrap_or(0).saturating_sub(at)),
             last_contact_ms: if own { Some(0) } else { last_contact_ms },
+            version: build.as_ref().map(|build| build.version),
+            build: build.map(|build| build.name),
         }
     };
     let state = core.published.state();
@@ -99,6 +108,7 @@ pub(crate) fn status(core: &Core) -> Status {
         enforced: before(*core.enforced.borrow()),
         position: state.position(),
         state_hash: hex::encode(state.state_hash()),
+        version: state.version(),
         joint: membership.get_joint_config().len() > 1,
         members: membership.nodes().map(|(node, _)| member(*node)).collect(),
         lease_left_ms: core.lease.left_ms(),

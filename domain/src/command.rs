@@ -32,6 +32,14 @@ impl Command {
         Self { actor, proposer, class: body.class(), dedupe, body }
     }
 
+    /// The version of the rules that a build must know to decide this.
+    pub fn needs_version(&self) -> u32 {
+        match &self.body {
+            Body::RaiseMinVersion { version } => *version,
+            body => body.since_version(),
+        }
+    }
+
     /// The stored bytes.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = vec![COMMAND_VERSION];
@@ -261,9 +269,26 @@ pub enum Body {
         /// Milliseconds.
         keep_ms: u64,
     },
+    /// Gives an administrator's token another name.
+    #[cfg(feature = "next")]
+    RenameToken {
+        /// Token.
+        id: Id,
+        /// For people.
+        name: String,
+    },
 }
 
 impl Body {
+    /// The version of the rules that has this kind: it is not proposed before that is in force.
+    pub fn since_version(&self) -> u32 {
+        match self {
+            #[cfg(feature = "next")]
+            Self::RenameToken { .. } => 2,
+            _ => 1,
+        }
+    }
+
     /// What the change is about.
     pub fn class(&self) -> Class {
         match self {
@@ -282,6 +307,8 @@ impl Body {
             | Self::PutDirectory { .. }
             | Self::CreateEnrolKey(_)
             | Self::RevokeEnrolKey { .. } => Class::Secret,
+            #[cfg(feature = "next")]
+            Self::RenameToken { .. } => Class::Secret,
             Self::InitCluster(_)
             | Self::RaiseMinVersion { .. }
             | Self::Tick

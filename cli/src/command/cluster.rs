@@ -91,6 +91,14 @@ pub enum Command {
         #[arg(long)]
         to: Option<String>,
     },
+    /// Let new rules decide, once every broker runs a build that knows them; there is no way back to an older build
+    RaiseVersion {
+        /// Version; the newest that a broker knows when not given
+        version: Option<u32>,
+        /// JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Change the freshness lease and the hold
     Settings {
         /// A broker that hears from no majority for so long stops forwarding
@@ -234,6 +242,17 @@ pub async fn run(command: Command, global: &Global) -> anyhow::Result<ExitCode> 
             client.change(Method::POST, "/api/v1/cluster/transfer", &json!({ "to": to }), Wait::Committed).await?;
             output::line("handed over")?;
             Ok(ExitCode::SUCCESS)
+        }
+        Command::RaiseVersion { version, json } => {
+            let view: Value = client.read("/api/v1/cluster", &[]).await?;
+            let version = version.map_or_else(|| view["version_next"].clone(), Value::from);
+            if version.is_null() {
+                output::line(format_args!("version {} is in force, and no broker knows a newer one", view["version"]))?;
+                return Ok(ExitCode::SUCCESS);
+            }
+            let body = json!({ "version": version });
+            let answer = client.change(Method::PUT, "/api/v1/cluster/version", &body, Wait::Committed).await?;
+            super::changed(&answer, &format!("version {version} is in force"), json)
         }
         Command::Settings { lease, hold, json } => {
             let body = json!({ "lease_ms": ms(lease), "hold_ms": ms(hold) });
@@ -479,11 +498,12 @@ async fn status(client: &Client, as_json: bool) -> anyhow::Result<ExitCode> {
     }
     let field = |name: &str| output::cell(view.get(name));
     output::line(format_args!(
-        "cluster {}  trust domain {}  term {}  leader {}\nas {} sees it: position {}, applied {} of {}, policy revision {}, lease {} of {} ms left\n",
+        "cluster {}  trust domain {}  term {}  leader {}  version {}\nas {} sees it: position {}, applied {} of {}, policy revision {}, lease {} of {} ms left\n",
         field("cluster_id"),
         field("trust_domain"),
         field("term"),
         field("leader_name"),
+        field("version"),
         output::cell(brokers(&view).find(|row| row["this"] == true).and_then(|row| row.get("name"))),
         field("position"),
         field("applied"),
@@ -492,7 +512,7 @@ async fn status(client: &Client, as_json: bool) -> anyhow::Result<ExitCode> {
         field("lease_left_ms"),
         field("lease_ms"),
     ))?;
-    let headers = ["name", "node", "region", "roles", "raft", "lag", "heard ms ago", "state", "edge", "web"];
+    let headers = ["name", "node", "region", "roles", "raft", "lag", "heard ms ago", "state", "build", "edge", "web"];
     let rows = brokers(&view).map(|row| {
         let text = |name: &str| output::cell(row.get(name));
         let raft = if row["leader"] == true { "leader".to_owned() } else { text("raft") };
@@ -504,8 +524,20 @@ async fn status(client: &Client, as_json: bool) -> anyhow::Result<ExitCode> {
         };
         let state = state.to_owned();
         let (name, node, region, roles) = (text("name"), text("node"), text("region"), text("roles"));
-        vec![name, node, region, roles, raft, lag, text("last_contact_ms"), state, text("edge"), text("web")]
+        let build = match row["version"].as_u64() {
+            Some(version) => format!("{} knows {version}", text("build")),
+            None => String::new(),
+        };
+        vec![name, node, region, roles, raft, lag, text("last_contact_ms"), state, build, text("edge"), text("web")]
     });
     output::table(&headers, rows)?;
+    if let Some(next) = view["version_next"].as_u64() {
+        let back = brokers(&view).filter(|row| row["holds_raise_back"] == true);
+        let back: Vec<String> = back.map(|row| output::cell(row.get("name"))).collect();
+        output::line(match back.is_empty() {
+            true => format!("\nversion {next} is known to all: `selvedge cluster raise-version` puts it in force"),
+            false => format!("\nversion {next} is held back by {}", back.join(", ")),
+        })?;
+    }
     Ok(ExitCode::SUCCESS)
 }

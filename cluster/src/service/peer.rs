@@ -15,7 +15,7 @@ use tonic::{Code, Request, Response, Status};
 
 use crate::convert;
 use crate::core::Core;
-use crate::error::Error;
+use crate::error::{Error, Fatal};
 use crate::events::{self, Frame};
 use crate::journal;
 use crate::leader::{Answer, BUSY_RETRY_AFTER_MS};
@@ -151,10 +151,19 @@ impl peer_server::Peer for PeerService {
 
     async fn join(&self, request: Request<wire::JoinRequest>) -> Result<Response<wire::ChangeReply>, Status> {
         let caller = Caller::of(&request)?;
-        let add = wire::AddLearner { node: caller.node, address: request.into_inner().address };
+        let wire::JoinRequest { address, version } = request.into_inner();
+        use wire::change_reply::Result as Reply;
+        let in_force = self.0.published.state().version();
+        if version.max(1) < in_force {
+            // It would stop as soon as it had caught up.
+            let newer = Fatal::Newer { what: format!("version {in_force} of the rules"), known: version.max(1) };
+            let reply = Reply::Failed(Error::Fatal(newer).to_string());
+            return Ok(Response::new(wire::ChangeReply { result: Some(reply) }));
+        }
+        let add = wire::AddLearner { node: caller.node, address };
         let result = match membership::change(&self.0, Change::AddLearner(add)).await {
-            Ok(()) => wire::change_reply::Result::Done(wire::Empty {}),
-            Err(error) => wire::change_reply::Result::Later(error.to_string()),
+            Ok(()) => Reply::Done(wire::Empty {}),
+            Err(error) => Reply::Later(error.to_string()),
         };
         Ok(Response::new(wire::ChangeReply { result: Some(result) }))
     }

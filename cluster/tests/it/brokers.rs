@@ -55,6 +55,25 @@ impl Authority {
         Self { anchors: Arc::new(anchors), issuers }
     }
 
+    /// Keeps it for other processes.
+    pub fn save(&self, dir: &Path) {
+        std::fs::write(dir.join("anchors"), self.anchors.to_json()).unwrap();
+        for (role, issuer) in Role::ALL.iter().zip(&self.issuers) {
+            std::fs::write(dir.join(role.as_str()), issuer.key().serialize_pem()).unwrap();
+        }
+    }
+
+    /// One that another process has saved.
+    pub fn load(dir: &Path) -> Self {
+        let anchors = Anchors::from_json(&std::fs::read_to_string(dir.join("anchors")).unwrap()).unwrap();
+        let issuer = |role: &Role| {
+            let key = KeyPair::from_pem(&std::fs::read_to_string(dir.join(role.as_str())).unwrap()).unwrap();
+            Issuer::from_ca_cert_der(anchors.certificate(*role), key).unwrap()
+        };
+        let issuers = Role::ALL.iter().map(issuer).collect();
+        Self { anchors: Arc::new(anchors), issuers }
+    }
+
     pub fn broker(&self, node: u64) -> Identity {
         self.certify(Role::Brokers, &broker_id(TRUST_DOMAIN, node).unwrap().to_string())
     }
@@ -138,7 +157,7 @@ impl Setup {
     }
 
     /// The order in which a broker was first started.
-    fn place(&self, node: u64) -> usize {
+    pub fn place(&self, node: u64) -> usize {
         let mut started = self.started.lock().unwrap();
         started.iter().position(|known| *known == node).unwrap_or_else(|| {
             started.push(node);

@@ -13,6 +13,7 @@ use selvedge_proto::peer as wire;
 use selvedge_storage::engine::mem::{Disk, Moment, Step};
 use selvedge_storage::engine::{Op, Space};
 use tempfile::TempDir;
+use tokio::task::JoinHandle;
 
 use crate::brokers::{Broker, PATIENCE, Setup, bind, init, token, until};
 use crate::links::Links;
@@ -25,6 +26,18 @@ pub struct Host {
 }
 
 impl Host {
+    /// A new one on empty disks, with links to those that are there and from them.
+    pub async fn new(setup: &Setup, links: &Links, others: &[Self]) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let host = Self::start(setup, TempDir::new().unwrap(), listener, Disk::new(), Disk::new()).await;
+        let place = setup.place(host.broker.node);
+        for other in others.iter().map(|other| &other.broker) {
+            links.add(place, other.node, &other.address).await;
+            links.add(setup.place(other.node), host.broker.node, &host.broker.address).await;
+        }
+        host
+    }
+
     async fn start(setup: &Setup, dir: TempDir, listener: TcpListener, log: Disk, state: Disk) -> Self {
         let (log_engine, state_engine) = (Arc::new(log.open().unwrap()), Arc::new(state.open().unwrap()));
         let broker = setup.start_on(dir, listener, log_engine, state_engine).await;
@@ -102,7 +115,7 @@ fn is_apply(step: &Step<'_>) -> bool {
     puts(step, Space::StateMeta, b"meta") && !puts(step, Space::StateMeta, b"side")
 }
 
-fn is_membership(step: &Step<'_>) -> bool {
+pub fn is_membership(step: &Step<'_>) -> bool {
     let meta = ops(step).into_iter().find_map(|op| match op {
         Op::Put { space: Space::StateMeta, key, value } if key == b"meta" => wire::StateMeta::decode(value).ok(),
         _ => None,
@@ -160,18 +173,37 @@ const POINTS: &[Point] = &[
 
 /// Writes through whoever is there, and remembers what was acknowledged.
 #[derive(Clone, Default)]
-struct Writer {
+pub struct Writer {
     through: Arc<Mutex<BTreeMap<u64, (Cluster, Asker)>>>,
     acknowledged: Arc<Mutex<Vec<(String, Id)>>>,
     stop: Arc<AtomicBool>,
 }
 
 impl Writer {
-    fn add(&self, broker: &Broker) {
+    /// So many at once, through all of these.
+    pub fn start(&self, hosts: &[Host], count: usize) -> Vec<JoinHandle<()>> {
+        hosts.iter().for_each(|host| self.add(&host.broker));
+        (0..count).map(|number| tokio::spawn(self.clone().run(number))).collect()
+    }
+
+    /// Ends them.
+    pub async fn stop(&self, writers: Vec<JoinHandle<()>>) {
+        self.stop.store(true, Ordering::Relaxed);
+        for writer in writers {
+            writer.await.unwrap();
+        }
+    }
+
+    /// How many writes were acknowledged.
+    pub fn acknowledged(&self) -> usize {
+        self.acknowledged.lock().unwrap().len()
+    }
+
+    pub fn add(&self, broker: &Broker) {
         self.through.lock().unwrap().insert(broker.node, (broker.cluster.clone(), broker.owner()));
     }
 
-    fn remove(&self, node: u64) {
+    pub fn remove(&self, node: u64) {
         self.through.lock().unwrap().remove(&node);
     }
 
@@ -196,26 +228,29 @@ impl Writer {
 
 /// Three voters that reach each other through links only.
 pub async fn three(setup: &Setup, links: &Links) -> Vec<Host> {
-    let mut hosts: Vec<Host> = Vec::new();
-    for _ in 0..3 {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        hosts.push(Host::start(setup, TempDir::new().unwrap(), listener, Disk::new(), Disk::new()).await);
-    }
-    for (from, host) in hosts.iter().enumerate() {
-        for other in hosts.iter().filter(|other| other.broker.node != host.broker.node) {
-            links.add(from, other.broker.node, &other.broker.address).await;
-        }
-    }
-    let first = &hosts[0].broker;
-    first.cluster.initialize(init(setup.cluster_id)).await.unwrap();
-    first.register().await;
-    for next in hosts[1..].iter().map(|host| &host.broker) {
-        first.enrol(next).await;
-        next.cluster.join(std::slice::from_ref(&first.address), &next.address).await.unwrap();
-        next.register().await;
-        first.cluster.promote(next.node).await.unwrap();
+    voters(setup, links, 3).await
+}
+
+/// So many of them.
+pub async fn voters(setup: &Setup, links: &Links, count: usize) -> Vec<Host> {
+    let first = Host::new(setup, links, &[]).await;
+    first.broker.cluster.initialize(init(setup.cluster_id)).await.unwrap();
+    first.broker.register().await;
+    let mut hosts = vec![first];
+    while hosts.len() < count {
+        let next = Host::new(setup, links, &hosts).await;
+        join(&hosts[0].broker, &next.broker).await;
+        hosts[0].broker.cluster.promote(next.broker.node).await.unwrap();
+        hosts.push(next);
     }
     hosts
+}
+
+/// Makes a broker a learner.
+pub async fn join(first: &Broker, next: &Broker) {
+    first.enrol(next).await;
+    next.cluster.join(std::slice::from_ref(&first.address), &next.address).await.unwrap();
+    next.register().await;
 }
 
 /// Brings a broker to take a step, once.
@@ -272,8 +307,7 @@ async fn a_loss_of_power_on_either_side_of_any_step_of_storage_loses_nothing_and
     setup.log_limits = LogLimits { snapshot_bytes: 20_000, keep_entries: 5, ..LogLimits::default() };
     let mut hosts = three(&setup, &links).await;
     let writer = Writer::default();
-    hosts.iter().for_each(|host| writer.add(&host.broker));
-    let writers: Vec<_> = (0..2).map(|number| tokio::spawn(writer.clone().run(number))).collect();
+    let writers = writer.start(&hosts, 2);
 
     let mut leads = false;
     for point in POINTS {
@@ -287,10 +321,7 @@ async fn a_loss_of_power_on_either_side_of_any_step_of_storage_loses_nothing_and
             tracing::info!(point.name, ?moment, leads, took_ms = begun.elapsed().as_millis() as u64, "survived");
         }
     }
-    writer.stop.store(true, Ordering::Relaxed);
-    for writer in writers {
-        writer.await.unwrap();
-    }
+    writer.stop(writers).await;
     check(&hosts, &writer).await;
 }
 
@@ -364,7 +395,7 @@ pub async fn leader_of(hosts: &[Host]) -> usize {
 }
 
 /// Everything that was acknowledged is there once, on all, and all hold the same.
-async fn check(hosts: &[Host], writer: &Writer) {
+pub async fn check(hosts: &[Host], writer: &Writer) {
     let acknowledged = writer.acknowledged.lock().unwrap().clone();
     assert!(acknowledged.len() > 100, "only {} writes were acknowledged", acknowledged.len());
     for host in hosts {

@@ -51,6 +51,16 @@ impl Links {
         }
     }
 
+    /// Parts some brokers, by their places and nodes, from all others; each side goes on among itself. Or lets it pass
+    /// again.
+    pub fn part(&self, side: &[(usize, u64)], parted: bool) {
+        for ((from, to), link) in self.0.lock().unwrap().iter() {
+            if side.iter().any(|(at, _)| at == from) != side.iter().any(|(_, node)| node == to) {
+                link.cut.send_replace(parted);
+            }
+        }
+    }
+
     /// Slows what goes to a node: so long a pause for every 64 KiB at most.
     pub fn slow(&self, node: u64, pause: Duration) {
         for (_, link) in self.0.lock().unwrap().iter().filter(|((_, to), _)| *to == node) {

@@ -3,12 +3,15 @@
 mod brokers;
 mod crash;
 mod disk;
+mod faults;
 mod freshness;
 mod kill;
 mod links;
 mod membership;
 mod peer_port;
+mod process;
 mod proposals;
 mod snapshot;
 mod store_suite;
+mod versions;
 mod watching;

@@ -97,7 +97,7 @@ async fn a_call_is_of_this_cluster_and_epoch_and_of_the_certificates_node() {
     let unsaid = PeerClient::new(honest.channel.clone()).clock(wire::ClockRequest {}).await;
     refusal(unsaid, denied, "whose it is");
     // It is a broker by its certificate, and nobody ever enrolled it.
-    let join = wire::JoinRequest { address: "127.0.0.1:9".to_owned() };
+    let join = wire::JoinRequest { address: "127.0.0.1:9".to_owned(), version: 1 };
     let reply = PeerClient::new(honest.channel.clone()).join(honest.request(join)).await.unwrap().into_inner();
     let Some(wire::change_reply::Result::Later(why) | wire::change_reply::Result::Failed(why)) = reply.result else {
         panic!("it joined");

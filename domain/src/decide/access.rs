@@ -11,6 +11,8 @@ use super::{Draft, check_name, invalid, not_found};
 pub(super) fn create_token(draft: &mut Draft, name: &str, role: i32, secret: &[u8; 32]) -> Result<(), Rejected> {
     draft.need_role(AdminRole::Owner)?;
     check_name(name)?;
+    #[cfg(feature = "next")]
+    let name = &if draft.state.version() >= 2 { name.to_ascii_lowercase() } else { name.to_owned() };
     let role = AdminRole::try_from(role).ok().filter(|role| *role != AdminRole::Unspecified);
     let role = role.ok_or_else(|| invalid("unknown role"))?;
     if draft.state.find::<Token>(IndexKey::name(name)).is_some() {
@@ -26,6 +28,18 @@ pub(super) fn create_token(draft: &mut Draft, name: &str, role: i32, secret: &[u
         revoked: false,
     }));
     draft.ids.push(id);
+    Ok(())
+}
+
+#[cfg(feature = "next")]
+pub(super) fn rename_token(draft: &mut Draft, id: Id, name: &str) -> Result<(), Rejected> {
+    draft.need_role(AdminRole::Owner)?;
+    check_name(name)?;
+    let token = draft.state.by_id::<Token>(id).ok_or_else(|| not_found("token", id))?;
+    if draft.state.find::<Token>(IndexKey::name(name)).is_some_and(|other| other.id() != id) {
+        return Err(Rejected::new(RejectedCode::Conflict, format!("there is another token `{name}`")));
+    }
+    draft.emit(Event::TokenPut(Token { name: name.to_owned(), ..token }));
     Ok(())
 }
 

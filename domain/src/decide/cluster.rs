@@ -43,11 +43,14 @@ pub(super) fn init(draft: &mut Draft, init: &InitCluster) -> Result<(), Rejected
 pub(super) fn raise_min_version(draft: &mut Draft, version: u32) -> Result<(), Rejected> {
     draft.need_role(AdminRole::Owner)?;
     let mut cluster = draft.state.cluster().unwrap_or_default();
+    // A build never decides a raise beyond what it knows: it stops there, because the others may know it.
     if version < cluster.version || version > VERSION {
         return Err(invalid(format!("the version must be between {} and {VERSION}", cluster.version)));
     }
-    cluster.version = version;
-    draft.emit(Event::ClusterPut(cluster));
+    if version != cluster.version {
+        cluster.version = version;
+        draft.emit(Event::ClusterPut(cluster));
+    }
     Ok(())
 }
 

@@ -1,7 +1,8 @@
 //! What commands lead to: `decide` says which events, `evolve` (in `Draft::emit`) writes them.
 //!
-//! Pure and total over the committed state, the entry's time and the command. Rules are changed only behind
-//! `RaiseMinVersion`.
+//! Pure and total over the committed state, the entry's time and the command. The state says which version of the rules
+//! is in force: what any of them returns for an input changes only by asking [`State::version`], and brokers of both
+//! versions go on as one cluster until `RaiseMinVersion` says that all know the new one.
 
 mod access;
 mod apply;
@@ -29,7 +30,9 @@ use crate::state::{Changes, IndexKey, JournalRow, Meta, State, Table};
 pub(crate) use remember::{before, forget_all, remember};
 
 /// The version of the rules that this build knows.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = if cfg!(feature = "next") { 2 } else { 1 };
+/// The version that clusters began with.
+const VERSION_FIRST: u32 = 1;
 
 /// A state in which a command is being decided: each event is written at once, so that later checks of the same
 /// command see it; dropped as a whole when the command is refused.
@@ -314,6 +317,10 @@ pub(crate) fn decide(draft: &mut Draft, command: &Command) -> Result<(), Rejecte
     if command.class != command.body.class() {
         return Err(invalid("the command is not of the class that it names"));
     }
+    let needed = command.body.since_version();
+    if needed > VERSION_FIRST && needed > draft.state.version() {
+        return Err(Rejected::new(RejectedCode::Conflict, format!("version {needed} of the rules is not in force")));
+    }
     // Bootstrap has no broker to speak for it yet; each kind that takes it says when.
     if command.actor.kind != ActorKind::Bootstrap
         && let Some(role) = command.body.proposer_role()
@@ -350,6 +357,8 @@ pub(crate) fn decide(draft: &mut Draft, command: &Command) -> Result<(), Rejecte
         Body::CertificateIssued(issued) => enrol::certificate_issued(draft, issued),
         Body::Availability(changes) => availability::change(draft, changes),
         Body::MoveCursors(moves) => availability::move_cursors(draft, moves),
+        #[cfg(feature = "next")]
+        Body::RenameToken { id, name } => access::rename_token(draft, *id, name),
     }
 }
 

@@ -357,6 +357,11 @@ impl State {
         self.count(Table::Cluster) > 0
     }
 
+    /// The version of the rules in force; 0 while there is no cluster.
+    pub fn version(&self) -> u32 {
+        self.cluster().map_or(0, |cluster| cluster.version)
+    }
+
     /// The cluster's own row, once it was initialised.
     pub fn cluster(&self) -> Option<rows::Cluster> {
         self.row(&[])

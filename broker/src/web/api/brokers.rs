@@ -34,6 +34,8 @@ pub(super) struct ClusterView {
     pin: String,
     /// Version of the rules in force.
     version: u32,
+    /// The newest version that a member knows, when it is not in force: all must know it before it is raised.
+    version_next: Option<u32>,
     /// Epoch of the log.
     epoch: u32,
     /// Position of the state here.
@@ -111,6 +113,12 @@ pub(super) struct BrokerView {
     lag_entries: Option<u64>,
     /// Since it last answered the leader, milliseconds; known to the leader only.
     last_contact_ms: Option<u64>,
+    /// Its build; unknown when it was not heard lately, like the next one.
+    build: Option<String>,
+    /// The newest version of the rules that it knows.
+    version: Option<u32>,
+    /// It is a member that is not known to know `version_next`.
+    holds_raise_back: bool,
     /// Since when it is a member, cluster time in milliseconds.
     joined_ms: u64,
 }
@@ -120,6 +128,8 @@ pub(super) struct BrokerView {
 pub(super) async fn show(State(context): State<Arc<Context>>) -> Json<ClusterView> {
     let (status, state) = (context.cluster.status(), context.cluster.state());
     let cluster = state.cluster().unwrap_or_default();
+    let newest = status.members.iter().filter_map(|member| member.version).max();
+    let version_next = newest.filter(|newest| *newest > cluster.version);
     let broker = |row: Broker| {
         let load = context.routing.as_ref().and_then(|routing| routing.load(row.node));
         let member = status.members.iter().find(|member| member.node == row.node);
@@ -131,6 +141,9 @@ pub(super) async fn show(State(context): State<Arc<Context>>) -> Json<ClusterVie
             this: status.node == row.node,
             lag_entries: member.and_then(|member| member.lag_entries),
             last_contact_ms: member.and_then(|member| member.last_contact_ms),
+            build: member.and_then(|member| member.build.clone()),
+            version: member.and_then(|member| member.version),
+            holds_raise_back: version_next.is_some() && member.is_some_and(|member| member.version < version_next),
             name: row.name,
             region: row.region,
             host: row.host,
@@ -152,6 +165,7 @@ pub(super) async fn show(State(context): State<Arc<Context>>) -> Json<ClusterVie
         trust_domain: cluster.trust_domain.clone(),
         pin: context.anchors.pin().to_string(),
         version: cluster.version,
+        version_next,
         epoch: status.epoch,
         position: state.position().to_string(),
         state_hash: status.state_hash.clone(),
@@ -202,6 +216,28 @@ pub(super) async fn settings(
         _ => return Err(Problem::invalid("either `lease_ms` and `hold_ms`, or `journal_keep_ms`")),
     };
     let changed = context.change(&caller, &wanted, "cluster.settings", "cluster", body).await?;
+    Ok(changed.answer(StatusCode::OK, changed.info(&context)))
+}
+
+/// The version of the rules that is to be in force.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Version {
+    /// Every member must know it.
+    version: u32,
+}
+
+/// Raises the version of the rules in force, for ever: older builds do not start any more.
+#[utoipa::path(put, path = "/api/v1/cluster/version", tag = "cluster", request_body = Version,
+    responses((status = 200, body = ChangedInfo), (status = 409, body = Problem), (status = 422, body = Problem)))]
+pub(super) async fn raise_version(
+    State(context): State<Arc<Context>>,
+    caller: Caller,
+    wanted: Wanted,
+    Input(Version { version }): Input<Version>,
+) -> Result<Response, Problem> {
+    let body = Body::RaiseMinVersion { version };
+    let changed = context.change(&caller, &wanted, "cluster.raise_version", "cluster", body).await?;
     Ok(changed.answer(StatusCode::OK, changed.info(&context)))
 }
 

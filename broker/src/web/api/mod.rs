@@ -42,6 +42,7 @@ pub(super) fn routes() -> Vec<Described> {
         entry(Auditor, routes!(openapi)),
         cut_off(entry(Auditor, routes!(brokers::show))),
         entry(Owner, routes!(brokers::settings)),
+        entry(Owner, routes!(brokers::raise_version)),
         entry(Admin, routes!(brokers::drain)),
         entry(Owner, routes!(brokers::promote)),
         entry(Owner, routes!(brokers::remove)),

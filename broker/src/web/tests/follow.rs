@@ -105,3 +105,22 @@ async fn events_from_another_epoch_or_a_forgotten_time_are_refused_and_bookmarks
     assert_eq!(cluster["journal_keep_ms"], 86_400_000);
     settings(json!({ "lease_ms": 9_000, "hold_ms": 20_000 })).await.expect(200);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_version_that_a_member_does_not_know_is_not_raised_to_and_who_it_is_is_said() {
+    let house = House::new().await;
+    let raise = |version: u32, token: &'static str| {
+        house.call("PUT", "/api/v1/cluster/version", token, json!({ "version": version }))
+    };
+    let cluster = house.call("GET", "/api/v1/cluster", OWNER, None).await.expect(200);
+    let known = u32::try_from(cluster["version"].as_u64().unwrap()).unwrap();
+    let own = &cluster["brokers"][0];
+    assert_eq!((own["version"].as_u64(), &cluster["version_next"]), (Some(known.into()), &Value::Null), "{cluster}");
+    assert!(own["build"].is_string() && own["holds_raise_back"] == false, "{own}");
+    let refused = raise(known + 1, OWNER).await.expect(409);
+    let why = refused["detail"].as_str().unwrap_or_default();
+    assert!(why.contains("held back") && why.contains(own["name"].as_str().unwrap()), "{refused}");
+    raise(known, OWNER).await.expect(200);
+    raise(known - 1, OWNER).await.expect(422);
+    raise(known, "").await.expect(401);
+}
