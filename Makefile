@@ -33,10 +33,10 @@ fix: ## Rewrite what the formatter and the lints can mend
 
 bench: ## Measure against what a user would pick instead
 	@scripts/bootstrap
-	@scripts/cargo build --locked -p selvedge
-	@scripts/cargo run --locked -p selvedge-benches --bin bench
+	@scripts/cargo build --release --locked -p selvedge -p selvedge-benches
+	@scripts/cargo run --release --locked -p selvedge-benches --bin bench
 
 bench-cluster: ## Measure the replicated log against etcd; ARGS="--only commits" for a part, ARGS=--help for more
 	@scripts/bootstrap
-	@scripts/cargo build --locked -p selvedge -p selvedge-benches
-	@scripts/cargo run --locked -p selvedge-benches --bin bench-cluster -- $(ARGS)
+	@scripts/cargo build --release --locked -p selvedge -p selvedge-benches
+	@scripts/cargo run --release --locked -p selvedge-benches --bin bench-cluster -- $(ARGS)

@@ -10,6 +10,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     files.sort();
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(&files, [Path::new("proto")])?;
-    tonic_prost_build::configure().compile_fds(descriptors)?;
+    let mut config = tonic_prost_build::configure();
+    // What is passed on without being looked into is not copied either.
+    for field in ["Batch.commands", "Entry.normal", "ProposeRequest.command"] {
+        config = config.bytes(format!(".selvedge.peer.v1.{field}"));
+    }
+    config.compile_fds(descriptors)?;
     Ok(())
 }

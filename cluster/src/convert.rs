@@ -104,7 +104,7 @@ pub(crate) fn record_back(record: Record) -> Result<Entry, io::Error> {
 pub(crate) fn entry(entry: &Entry) -> wire::Entry {
     let payload = match &entry.payload {
         Payload::Blank => None,
-        Payload::Normal(batch) => Some(wire::entry::Payload::Normal(batch.0.to_vec())),
+        Payload::Normal(batch) => Some(wire::entry::Payload::Normal(batch.0.clone())),
         Payload::Membership(change) => Some(wire::entry::Payload::Membership(membership(change))),
     };
     wire::Entry { id: Some(log_id(&entry.log_id)), payload }
@@ -114,7 +114,7 @@ pub(crate) fn entry_back(entry: wire::Entry) -> Result<Entry, io::Error> {
     let id = entry.id.ok_or_else(|| invalid("an entry without its id"))?;
     let payload = match entry.payload {
         None => Payload::Blank,
-        Some(wire::entry::Payload::Normal(bytes)) => Payload::Normal(Batch(bytes.into())),
+        Some(wire::entry::Payload::Normal(bytes)) => Payload::Normal(Batch(bytes)),
         Some(wire::entry::Payload::Membership(change)) => Payload::Membership(membership_back(&change)?),
     };
     Ok(Entry { log_id: log_id_back(&id), payload })

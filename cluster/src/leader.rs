@@ -102,7 +102,7 @@ pub(crate) async fn batch(core: Arc<Core>, mut queue: mpsc::Receiver<Pending>) {
         };
         ::metrics::histogram!(ENTRY_COMMANDS).record(batch.len() as f64);
         let (commands, answers): (Vec<_>, Vec<_>) =
-            batch.into_iter().map(|pending| (pending.command.to_vec(), pending.answer)).unzip();
+            batch.into_iter().map(|pending| (pending.command, pending.answer)).unzip();
         let entry = Batch(wire::Batch { time_ms, commands }.encode_to_vec().into());
         let (responder, written) = ProgressResponder::complete_only();
         if core.raft.client_write_ff(entry, Some(responder)).await.is_err() {

@@ -70,7 +70,7 @@ pub struct Caller {
     /// Node id.
     pub node: u64,
     /// The certificate's content.
-    pub identity: PeerIdentity,
+    pub identity: Arc<PeerIdentity>,
 }
 
 impl Caller {
@@ -170,7 +170,7 @@ async fn accept(
             let handshake = async {
                 let Link { stream, peer: identity } = handshake.await?;
                 let node = node_of(&identity).ok_or_else(|| io::Error::other("the certificate has no node id"))?;
-                Ok::<_, io::Error>(PeerStream { stream, caller: Caller { node, identity } })
+                Ok::<_, io::Error>(PeerStream { stream, caller: Caller { node, identity: Arc::new(identity) } })
             };
             let result = tokio::select! {
                 () = stop.cancelled() => return,

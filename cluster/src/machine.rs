@@ -122,13 +122,10 @@ impl Machine {
             }
             Payload::Normal(Batch(bytes)) => {
                 let batch = wire::Batch::decode(bytes).map_err(|_| invalid("an entry that is not a batch"))?;
-                let mut outcomes = Vec::with_capacity(batch.commands.len());
-                for command in batch.commands {
-                    // What this build does not know must not be passed over: the others may know it.
-                    let command = version::read(&command).map_err(|newer| self.must_stop(newer))?;
-                    outcomes.push(self.state.apply(batch.time_ms, &command, changes));
-                }
-                outcomes
+                // What this build does not know must not be passed over: the others may know it.
+                let commands = batch.commands.iter().map(|command| version::read(command));
+                let commands = commands.collect::<Result<Vec<_>, _>>().map_err(|newer| self.must_stop(newer))?;
+                self.state.apply_all(batch.time_ms, &commands, changes)
             }
         };
         self.last_applied = Some(entry.log_id);

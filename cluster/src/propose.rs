@@ -238,7 +238,7 @@ impl Core {
                 }
                 Some(leader) => {
                     let credential = credential.map(|credential| credential.reveal().to_owned()).unwrap_or_default();
-                    let request = wire::ProposeRequest { command: bytes.to_vec(), credential };
+                    let request = wire::ProposeRequest { command: bytes.clone(), credential };
                     self.forward(leader, request, left.min(ATTEMPT_TIMEOUT)).await
                 }
             };

@@ -55,7 +55,7 @@ impl Core {
             return Err(Status::permission_denied("the first commands are proposed where they are written"));
         }
         let credential = (!credential.is_empty()).then(|| Credential::new(credential));
-        Ok(self.enqueue(&command, credential.as_ref(), bytes.into()).await)
+        Ok(self.enqueue(&command, credential.as_ref(), bytes).await)
     }
 }
 

@@ -173,7 +173,7 @@ async fn rafts_calls_are_the_callers_own_of_its_term_and_bounded() {
         prev: None,
         entries: vec![wire::Entry {
             id: Some(wire::LogId { term, node: follower.node, index: 0 }),
-            payload: Some(wire::entry::Payload::Normal(vec![0; data])),
+            payload: Some(wire::entry::Payload::Normal(vec![0; data].into())),
         }],
         leader_commit: None,
     };

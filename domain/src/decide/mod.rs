@@ -27,7 +27,8 @@ use crate::limits::{JOURNAL_MARK_EVERY, MEMBERS_ROW_MAX};
 use crate::rows::{self, AdminRole, Members, Row};
 use crate::state::{Changes, IndexKey, JournalRow, Meta, State, Table};
 
-pub(crate) use remember::{before, forget_all, remember};
+pub(crate) use remember::Memory;
+use remember::forget_all;
 
 /// The version of the rules that this build knows.
 pub const VERSION: u32 = if cfg!(feature = "next") { 2 } else { 1 };

@@ -5,7 +5,7 @@ use crate::id::Id;
 use crate::limits::{DRAIN_MS_MAX, LEASE_MS_DEFAULT};
 use crate::rows::{self, AdminRole, EnrolKind};
 use crate::spec;
-use crate::state::{Changes, IndexKey, State};
+use crate::state::{Changes, IndexKey, State, last_changes};
 
 const NODE: u64 = 7;
 
@@ -423,6 +423,34 @@ fn a_retry_is_applied_once_and_answered_alike() {
     let unknown = Some(Dedupe { client: Id::new(9, 9), seq: 1, acked_below: 1, idempotency: None });
     let unknown = world.propose_with(directory, Body::CreateUser(user("dan")), unknown);
     assert!(matches!(unknown, Outcome::Refused(r) if r.code == RejectedCode::DedupeUnknown));
+}
+
+#[test]
+fn the_commands_of_an_entry_lead_to_what_each_alone_leads_to() {
+    let mut world = World::new();
+    let client = world.done(Actor::BROKER, Body::RegisterClient { boot: 1 })[0];
+    let directory = world.directory();
+    let create = |seq, acked_below, name: &str| {
+        let dedupe = Some(Dedupe { client, seq, acked_below, idempotency: None });
+        Command::new(directory.clone(), NODE, dedupe, Body::CreateUser(user(name)))
+    };
+    let mut commands: Vec<_> = (1..=60).map(|seq| create(seq, seq / 2, &format!("user-{seq}"))).collect();
+    // A retry, one that comes too late, one whose name is taken, and a registration that forgets the client.
+    commands.extend([create(60, 20, "user-60"), create(3, 1, "user-3"), create(61, 40, "user-1")]);
+    let register = Command::new(Actor::BROKER, NODE, None, Body::RegisterClient { boot: 2 });
+    commands.extend([register, create(62, 62, "user-62")]);
+
+    let now_ms = world.now_ms + crate::limits::CLIENT_IDLE_MS_MAX;
+    let (mut one, mut each) = (world.state.clone(), world.state);
+    let (mut changes, mut changes_each) = (Changes::default(), Changes::default());
+    let outcomes = one.apply_all(now_ms, &commands, &mut changes);
+    let alone = commands.iter().map(|command| each.apply(now_ms, command, &mut changes_each));
+    assert_eq!(outcomes, alone.collect::<Vec<_>>());
+    assert!(one.is_same(&each) && one.adds_up(), "the rows are the same");
+    assert_eq!((one.meta(), &changes.journal), (each.meta(), &changes_each.journal));
+    let (written, written_each) = (last_changes(changes.rows), last_changes(changes_each.rows));
+    assert!(written.iter().all(|row| written_each.contains(row)), "nothing else is written");
+    assert!(written.len() < changes.journal.len() * 2, "a client's rows are written once");
 }
 
 #[test]

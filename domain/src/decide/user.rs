@@ -37,26 +37,30 @@ pub(super) fn create(draft: &mut Draft, fields: &UserFields) -> Result<(), Rejec
 
 pub(super) fn replace(draft: &mut Draft, id: Id, version: Option<u64>, fields: &UserFields) -> Result<(), Rejected> {
     let directory = draft.need_directory()?;
-    let user = owned(draft, directory, id)?;
+    let mut user = owned(draft, directory, id)?;
     check_version(version, user.version)?;
     check(draft, directory, fields, Some(id))?;
-    let mut changed = User {
-        user_name: fields.user_name.clone(),
-        external_id: fields.external_id.clone(),
-        display_name: fields.display_name.clone(),
-        active: fields.active,
-        attributes: fields.attributes.clone(),
-        ..user.clone()
-    };
-    if changed == user {
-        return Ok(());
+    if user.active && !fields.active {
+        user.generation += 1;
     }
-    if user.active && !changed.active {
-        changed.generation += 1;
+    let mut changed = user.active != fields.active;
+    user.active = fields.active;
+    for (is, should) in [
+        (&mut user.user_name, &fields.user_name),
+        (&mut user.external_id, &fields.external_id),
+        (&mut user.display_name, &fields.display_name),
+        (&mut user.attributes, &fields.attributes),
+    ] {
+        if is != should {
+            is.clone_from(should);
+            changed = true;
+        }
     }
-    changed.version += 1;
-    changed.modified_ms = draft.now_ms();
-    draft.emit(Event::UserPut(changed));
+    if changed {
+        user.version += 1;
+        user.modified_ms = draft.now_ms();
+        draft.emit(Event::UserPut(user));
+    }
     Ok(())
 }
 
@@ -80,7 +84,7 @@ fn check(draft: &Draft, directory: Id, fields: &UserFields, own: Option<Id>) -> 
     if fields.attributes.len() + fields.display_name.len() + fields.external_id.len() > SCIM_BYTES_MAX {
         return Err(Rejected::new(RejectedCode::Limit, format!("a user has at most {SCIM_BYTES_MAX} bytes")));
     }
-    let taken = |index| draft.state.find::<User>(index).is_some_and(|user| user.id != own);
+    let taken = |index| draft.state.is_taken::<User>(index, own);
     if taken(IndexKey::scoped(directory, &fields.user_name)) {
         return Err(Rejected::new(RejectedCode::Conflict, format!("there is another user `{}`", fields.user_name)));
     }

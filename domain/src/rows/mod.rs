@@ -31,6 +31,11 @@ pub trait Row: prost::Message + Default + Clone {
     fn index(&self) -> Vec<IndexKey> {
         Vec::new()
     }
+
+    /// [`Row::index`] of a row as it is stored.
+    fn index_of(stored: &[u8]) -> Vec<IndexKey> {
+        crate::state::decoded::<Self>(stored).index()
+    }
 }
 
 macro_rules! by_id {

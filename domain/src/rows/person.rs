@@ -65,13 +65,52 @@ pub struct User {
     #[prost(uint64, tag = "13")]
     pub version: u64,
 }
-by_id!(User, Table::User, |r| {
-    let mut keys = vec![IndexKey::scoped(r.directory.unwrap_or_default(), &r.user_name), IndexKey::Number(r.number)];
-    if !r.external_id.is_empty() {
-        keys.push(IndexKey::External(r.directory.unwrap_or_default(), r.external_id.clone()));
+
+impl User {
+    /// The row's id.
+    pub fn id(&self) -> Id {
+        self.id.unwrap_or_default()
+    }
+}
+
+impl Row for User {
+    const TABLE: Table = Table::User;
+
+    fn key(&self) -> Vec<u8> {
+        self.id().key().to_vec()
+    }
+
+    fn index(&self) -> Vec<IndexKey> {
+        user_index(self.directory, self.number, &self.user_name, &self.external_id)
+    }
+
+    fn index_of(stored: &[u8]) -> Vec<IndexKey> {
+        let user: IndexedUser = crate::state::decoded(stored);
+        user_index(user.directory, user.number, &user.user_name, &user.external_id)
+    }
+}
+
+/// What a [`User`] is found by, read without the rest.
+#[derive(Clone, PartialEq, prost::Message)]
+struct IndexedUser {
+    #[prost(uint32, tag = "2")]
+    number: u32,
+    #[prost(message, optional, tag = "3")]
+    directory: Option<Id>,
+    #[prost(string, tag = "4")]
+    user_name: String,
+    #[prost(string, tag = "5")]
+    external_id: String,
+}
+
+fn user_index(directory: Option<Id>, number: u32, user_name: &str, external_id: &str) -> Vec<IndexKey> {
+    let directory = directory.unwrap_or_default();
+    let mut keys = vec![IndexKey::scoped(directory, user_name), IndexKey::Number(number)];
+    if !external_id.is_empty() {
+        keys.push(IndexKey::External(directory, external_id.to_owned()));
     }
     keys
-});
+}
 
 /// A group of users.
 #[derive(Clone, PartialEq, prost::Message)]

@@ -19,8 +19,8 @@ pub use hash::StateHash;
 pub use read::Unnamed;
 pub use table::{IndexKey, Table};
 
-use crate::command::{Command, Outcome, Rejected};
-use crate::decide::{self, Draft};
+use crate::command::{Body, Command, Outcome, Rejected};
+use crate::decide::{self, Draft, Memory};
 use crate::event::Envelope;
 use crate::id::Id;
 use crate::rows::{self, Row};
@@ -169,7 +169,29 @@ impl State {
     ///
     /// `time_ms` is the time that the leader stamped on the entry.
     pub fn apply(&mut self, time_ms: u64, command: &Command, changes: &mut Changes) -> Outcome {
-        if let Some(outcome) = decide::before(self, command) {
+        let mut memory = Memory::default();
+        let outcome = self.apply_with(&mut memory, time_ms, command, changes);
+        memory.write(self, &mut changes.rows);
+        outcome
+    }
+
+    /// [`State::apply`] of each command of an entry, in order.
+    pub fn apply_all(&mut self, time_ms: u64, commands: &[Command], changes: &mut Changes) -> Vec<Outcome> {
+        let mut memory = Memory::default();
+        let mut outcomes = Vec::with_capacity(commands.len());
+        for command in commands {
+            if matches!(command.body, Body::RegisterClient { .. }) {
+                // It looks at the clients' rows.
+                memory.write(self, &mut changes.rows);
+            }
+            outcomes.push(self.apply_with(&mut memory, time_ms, command, changes));
+        }
+        memory.write(self, &mut changes.rows);
+        outcomes
+    }
+
+    fn apply_with(&mut self, memory: &mut Memory, time_ms: u64, command: &Command, changes: &mut Changes) -> Outcome {
+        if let Some(outcome) = memory.before(self, command) {
             return outcome;
         }
         // The state goes into the draft, not a copy of it: a refusal is undone.
@@ -181,7 +203,7 @@ impl State {
                 Outcome::Refused(rejected)
             }
         };
-        let outcome = decide::remember(&mut draft, command, outcome);
+        memory.remember(&mut draft, command, &outcome);
         let (state, made) = draft.finish();
         *self = state;
         changes.rows.extend(made.rows);
@@ -269,6 +291,12 @@ impl State {
         self.tables[table as usize].len()
     }
 
+    /// Whether a row other than `own` is found by this.
+    pub(crate) fn is_taken<R: Row>(&self, index: IndexKey, own: Option<Id>) -> bool {
+        let found = self.index.get(&Place::of(R::TABLE, &index));
+        found.is_some_and(|key| own.is_none_or(|own| key.as_bytes() != own.key()))
+    }
+
     /// The row found by something else than its key.
     pub fn find<R: Row>(&self, index: IndexKey) -> Option<R> {
         self.row(self.index.get(&Place::of(R::TABLE, &index))?.as_bytes())
@@ -295,7 +323,7 @@ impl State {
     pub(crate) fn put<R: Row>(&mut self, row: &R) -> (RowChange, Option<Arc<[u8]>>) {
         let key = row.key();
         let value: Arc<[u8]> = row.encode_to_vec().into();
-        let before = self.row::<R>(&key).map(|old| old.index()).unwrap_or_default();
+        let before = self.stored(R::TABLE, &key).map(|old| R::index_of(old)).unwrap_or_default();
         let old = self.set(R::TABLE, &key, Some(value.clone()), &before, &row.index());
         (RowChange { table: R::TABLE as u8, key, value: Some(value) }, old)
     }
@@ -347,8 +375,9 @@ impl State {
     }
 }
 
-fn decoded<R: Row>(value: &[u8]) -> R {
-    R::decode(value).expect("rows were encoded by `put` or checked by `load`")
+/// A stored row.
+pub(crate) fn decoded<M: prost::Message + Default>(value: &[u8]) -> M {
+    M::decode(value).expect("rows were encoded by `put` or checked by `load`")
 }
 
 impl State {

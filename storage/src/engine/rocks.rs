@@ -10,8 +10,8 @@ use std::{
 };
 
 use rocksdb::{
-    ColumnFamily, DB, DBCompressionType, DBRawIterator, DBRecoveryMode, InfoLogger, LogLevel, Options, ReadOptions,
-    Snapshot, WriteOptions, checkpoint::Checkpoint,
+    ColumnFamily, DB, DBCompressionType, DBRawIterator, DBRecoveryMode, InfoLogger, LogLevel, MemtableFactory, Options,
+    ReadOptions, Snapshot, WriteOptions, checkpoint::Checkpoint,
 };
 
 use super::{Engine, Op, Pair, Space, View, Visit, WriteBatch};
@@ -61,7 +61,14 @@ impl Rocks {
 
     fn open(path: &Path, options: &Options, spaces: &[Space]) -> Result<Rocks, Error> {
         std::fs::create_dir_all(path).map_err(Error::io("create", path))?;
-        let families = spaces.iter().map(|space| (space.name(), options.clone()));
+        let families = spaces.iter().map(|space| {
+            let mut options = options.clone();
+            if matches!(space, Space::StateA | Space::StateB) {
+                // Rows are written all the time and read at a start: they are sorted when they are flushed.
+                options.set_memtable_factory(MemtableFactory::Vector);
+            }
+            (space.name(), options)
+        });
         let db =
             DB::open_cf_with_opts(options, path, families).map_err(|error| failed("open the database", path, error))?;
         Ok(Rocks { db, path: path.to_owned() })
@@ -165,6 +172,8 @@ fn options() -> Options {
     options.set_write_buffer_size(WRITE_BUFFER_BYTES);
     options.set_max_total_wal_size(WAL_BYTES_MAX);
     options.set_max_background_jobs(BACKGROUND_JOBS);
+    // There is one writer at a time.
+    options.set_allow_concurrent_memtable_write(false);
     options.set_max_open_files(OPEN_FILES_MAX);
     options.set_keep_log_file_num(INFO_LOG_FILES);
     options.set_log_level(LogLevel::Warn);

@@ -2,12 +2,15 @@
 //! quorum and keeps no log, and proposes commands as brokers do.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
+use bytes::Bytes;
+use rustls::ClientConfig;
 use selvedge_domain::command::{Dedupe, UserFields};
 use selvedge_domain::rows::User;
 use selvedge_domain::state::Table;
@@ -19,11 +22,9 @@ use selvedge_proto::peer::propose_reply::Result as Reply;
 use selvedge_proto::tls::{self, Identity, NotBefore};
 use tokio::sync::mpsc;
 use tonic::Request;
-use tonic::metadata::MetadataValue;
-use tonic::service::interceptor::InterceptedService;
-use tonic::transport::Channel;
 
 use crate::dial;
+use crate::grpc::Endpoint;
 use crate::world::{World, free_ports, text};
 
 pub const BROKERS: usize = 3;
@@ -33,7 +34,6 @@ const DIRECTORY: &str = "bench";
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 /// A bulk load has so many commands outstanding: fewer than the log keeps outcomes for.
 pub const OUTSTANDING_MAX: usize = 480;
-const MESSAGE_BYTES_MAX: usize = 16 << 20;
 
 /// The brokers' processes, and who the load generator is to them.
 pub struct Brokers {
@@ -77,14 +77,19 @@ impl Brokers {
     pub async fn client(&self) -> anyhow::Result<Client> {
         let time = tls::system_time();
         let tls = Arc::new(tls::peer_client(&self.identity, &self.anchors, None, NotBefore::judged(), &time)?);
-        let claim = Claim { cluster: hex(&self.anchors.cluster_id()), node: self.node };
-        let endpoints = self.world.brokers.iter().map(|broker| {
-            PeerClient::with_interceptor(dial::channel(broker.peer, &tls), claim.clone())
-                .max_decoding_message_size(MESSAGE_BYTES_MAX)
-                .max_encoding_message_size(MESSAGE_BYTES_MAX)
-        });
+        // Each call says whose it is, as every call between brokers does.
+        let claim = [
+            ("selvedge-cluster", hex(&self.anchors.cluster_id())),
+            ("selvedge-epoch", "1".to_owned()),
+            ("selvedge-node", self.node.to_string()),
+        ];
+        let peers: Vec<SocketAddr> = self.world.brokers.iter().map(|broker| broker.peer).collect();
+        let endpoints = peers.iter().map(|peer| Endpoint::new(*peer, &tls, &claim));
         let mut client = Client {
-            endpoints: endpoints.collect(),
+            endpoints: endpoints.collect::<anyhow::Result<_>>()?,
+            peers,
+            tls,
+            claim: Claim(claim),
             nodes: self.nodes.clone(),
             node: self.node,
             asker: Asker { actor: Actor::directory(self.directory, 1), credential: self.token.clone() },
@@ -94,7 +99,7 @@ impl Brokers {
             session_id: Id::default(),
         };
         let boot = u64::from(std::process::id()) << 32 | u64::from(std::time::UNIX_EPOCH.elapsed()?.subsec_nanos());
-        let register = Command::new(Actor::BROKER, self.node, None, Body::RegisterClient { boot }).encode();
+        let register = Command::new(Actor::BROKER, self.node, None, Body::RegisterClient { boot }).encode().into();
         let done = client.settled(0, register, String::new()).await?;
         client.session_id = *done.ids.first().context("a registration has an id")?;
         Ok(client)
@@ -123,25 +128,19 @@ fn enrol(world: &World) -> anyhow::Result<(u64, Identity, Anchors)> {
     Ok((node, identity, serde_json::from_value(home["anchors"].clone())?))
 }
 
-/// Says of each call whose it is, as every call between brokers does.
+/// What a call says of whose it is.
 #[derive(Clone)]
-pub struct Claim {
-    cluster: String,
-    node: u64,
-}
+struct Claim([(&'static str, String); 3]);
 
 impl tonic::service::Interceptor for Claim {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, tonic::Status> {
-        let metadata = request.metadata_mut();
-        let cluster = MetadataValue::try_from(&self.cluster).map_err(|_| tonic::Status::internal("cluster id"))?;
-        metadata.insert("selvedge-cluster", cluster);
-        metadata.insert("selvedge-epoch", MetadataValue::from(1u32));
-        metadata.insert("selvedge-node", MetadataValue::from(self.node));
+        for (name, value) in &self.0 {
+            let value = value.parse().map_err(|_| tonic::Status::internal("a claim that is no metadata"))?;
+            request.metadata_mut().insert(*name, value);
+        }
         Ok(request)
     }
 }
-
-type Endpoint = PeerClient<InterceptedService<Channel, Claim>>;
 
 /// Numbers of the requests that are open, as a broker's own session keeps them.
 #[derive(Default)]
@@ -182,6 +181,9 @@ pub struct Asker {
 /// A proposing client: one connection to each broker, one session with the log.
 pub struct Client {
     endpoints: Vec<Endpoint>,
+    peers: Vec<SocketAddr>,
+    tls: Arc<ClientConfig>,
+    claim: Claim,
     nodes: Vec<u64>,
     node: u64,
     asker: Asker,
@@ -229,13 +231,13 @@ impl Client {
         Repeatable { command: self.command(&slot, &self.asker, body), _slot: slot }
     }
 
-    fn command(&self, slot: &Slot, asker: &Asker, body: Body) -> Vec<u8> {
+    fn command(&self, slot: &Slot, asker: &Asker, body: Body) -> Bytes {
         let dedupe =
             Dedupe { client: self.session_id, seq: slot.seq, acked_below: slot.acked_below, idempotency: None };
-        Command::new(asker.actor.clone(), self.node, Some(dedupe), body).encode()
+        Command::new(asker.actor.clone(), self.node, Some(dedupe), body).encode().into()
     }
 
-    async fn settled(&self, mut at: usize, command: Vec<u8>, credential: String) -> anyhow::Result<Done> {
+    async fn settled(&self, mut at: usize, command: Bytes, credential: String) -> anyhow::Result<Done> {
         let settle = async {
             loop {
                 match self.attempt(at, command.clone(), credential.clone()).await? {
@@ -258,10 +260,9 @@ impl Client {
     }
 
     /// One attempt at one broker.
-    pub async fn attempt(&self, at: usize, command: Vec<u8>, credential: String) -> anyhow::Result<Attempt> {
+    pub async fn attempt(&self, at: usize, command: Bytes, credential: String) -> anyhow::Result<Attempt> {
         let request = wire::ProposeRequest { command, credential };
-        let reply = self.endpoints[at].clone().propose(request).await?.into_inner();
-        self.read_reply(reply)
+        self.read_reply(self.endpoints[at].call("/selvedge.peer.v1.Peer/Propose", &request).await?)
     }
 
     /// [`Client::attempt`] with a command that is tried more than once.
@@ -286,7 +287,8 @@ impl Client {
     /// A linearizable read of a user at one broker; answers the user's attributes.
     pub async fn read(&self, endpoint: usize, user: Id) -> anyhow::Result<User> {
         let request = wire::ReadRequest { table: Table::User as u32, key: user.key().to_vec() };
-        let reply = self.endpoints[endpoint % BROKERS].clone().read(request).await?.into_inner();
+        let reply: wire::ReadReply =
+            self.endpoints[endpoint % BROKERS].call("/selvedge.peer.v1.Peer/Read", &request).await?;
         let row = reply.row.context("the user is not there")?;
         Ok(prost::Message::decode(row.as_slice())?)
     }
@@ -298,7 +300,9 @@ impl Client {
         let leader = self.leader.load(Ordering::Relaxed);
         let (frames, outbound) = mpsc::channel(clients.max(1));
         let outbound = tokio_stream::wrappers::ReceiverStream::new(outbound);
-        let mut answers = self.endpoints[leader].clone().propose_stream(outbound).await?.into_inner();
+        let mut endpoint =
+            PeerClient::with_interceptor(dial::channel(self.peers[leader], &self.tls), self.claim.clone());
+        let mut answers = endpoint.propose_stream(outbound).await?.into_inner();
         let places: Arc<Vec<Place>> = Arc::new((0..clients).map(|_| Place::default()).collect());
         let waiting = places.clone();
         tokio::spawn(async move {
@@ -319,7 +323,7 @@ impl Client {
 
 /// A command with its number.
 pub struct Repeatable {
-    command: Vec<u8>,
+    command: Bytes,
     _slot: Slot,
 }
 

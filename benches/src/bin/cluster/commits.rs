@@ -57,7 +57,7 @@ pub fn run(bin: &Path, runtime: &Runtime, plan: &Plan, findings: &mut Findings) 
     let (client, users, rival) = runtime.block_on(async {
         let client = Arc::new(ours.client().await?);
         let users = Arc::new(Users::make(&client, KEYS).await?);
-        let rival = Arc::new(theirs.client());
+        let rival = Arc::new(theirs.client()?);
         rival.ready().await?;
         for key in 0..KEYS {
             rival.put(key, brokers::name(key).into_bytes(), brokers::value(0).into_bytes()).await?;

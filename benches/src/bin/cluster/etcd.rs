@@ -18,10 +18,8 @@ use rcgen::{
 };
 use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::PrivateKeyDer;
-use tonic::transport::Channel;
-use wire::kv_client::KvClient;
 
-use crate::dial;
+use crate::grpc::Endpoint;
 use crate::world::{free_ports, text};
 
 const NODES: usize = 3;
@@ -76,10 +74,10 @@ impl Etcd {
         self.processes.iter().map(Child::id).collect()
     }
 
-    /// A client with one connection to each server. Within a runtime.
-    pub fn client(&self) -> Client {
-        let connect = |address: &SocketAddr| KvClient::new(dial::channel(*address, &self.tls));
-        Client { endpoints: self.clients.iter().map(connect).collect() }
+    /// A client with one connection to each server.
+    pub fn client(&self) -> anyhow::Result<Client> {
+        let endpoints = self.clients.iter().map(|address| Endpoint::new(*address, &self.tls, &[]));
+        Ok(Client { endpoints: endpoints.collect::<anyhow::Result<_>>()? })
     }
 }
 
@@ -94,19 +92,20 @@ impl Drop for Etcd {
 
 /// Spreads its calls over the servers; one that does not lead passes a write on by itself.
 pub struct Client {
-    endpoints: Vec<KvClient<Channel>>,
+    endpoints: Vec<Endpoint>,
 }
 
 impl Client {
     pub async fn put(&self, endpoint: usize, key: Vec<u8>, value: Vec<u8>) -> anyhow::Result<()> {
-        self.at(endpoint).put(wire::PutRequest { key, value }).await?;
-        Ok(())
+        let put = wire::PutRequest { key, value };
+        self.at(endpoint).call::<_, wire::PutResponse>("/etcdserverpb.KV/Put", &put).await.map(drop)
     }
 
     /// A linearizable read; answers the value.
     pub async fn read(&self, endpoint: usize, key: Vec<u8>) -> anyhow::Result<Vec<u8>> {
-        let answer = self.at(endpoint).range(wire::RangeRequest { key, serializable: false }).await?;
-        answer.into_inner().kvs.pop().map(|pair| pair.value).context("the key is not there")
+        let range = wire::RangeRequest { key, serializable: false };
+        let mut answer: wire::RangeResponse = self.at(endpoint).call("/etcdserverpb.KV/Range", &range).await?;
+        answer.kvs.pop().map(|pair| pair.value).context("the key is not there")
     }
 
     /// Waits until every server takes writes.
@@ -121,8 +120,8 @@ impl Client {
         tokio::time::timeout(Duration::from_secs(60), all).await.context("etcd does not take writes")
     }
 
-    fn at(&self, endpoint: usize) -> KvClient<Channel> {
-        self.endpoints[endpoint % self.endpoints.len()].clone()
+    fn at(&self, endpoint: usize) -> &Endpoint {
+        &self.endpoints[endpoint % self.endpoints.len()]
     }
 }
 

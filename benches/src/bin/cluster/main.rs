@@ -16,6 +16,7 @@ mod commits;
 mod dial;
 mod etcd;
 mod failover;
+mod grpc;
 mod load;
 mod scale;
 mod scim;
