@@ -2,10 +2,13 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use futures::StreamExt as _;
 use hyper_util::rt::TokioIo;
 use selvedge_cluster::MESSAGE_BYTES_MAX;
+use selvedge_domain::{Actor, Body, Command};
 use selvedge_proto::identity::Role;
 use selvedge_proto::peer as wire;
 use selvedge_proto::peer::peer_client::PeerClient;
@@ -20,6 +23,8 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request};
 
 use crate::brokers::{Authority, Broker, CLUSTER_ID, Setup, TRUST_DOMAIN, leader_of, until};
+use crate::crash;
+use crate::links::Links;
 
 /// A caller at a broker's peer port, with any certificate and any claim.
 #[derive(Clone)]
@@ -228,4 +233,53 @@ async fn before_there_is_a_cluster_every_call_is_answered_with_nothing() {
     empty.cluster.initialize(crate::brokers::init(setup.cluster_id)).await.unwrap();
     empty.register().await;
     empty.create_token("after").await.unwrap();
+}
+
+/// Proposals of one stream: as many as a leader takes of it at a time.
+const TAGS: u64 = 4_096;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_with_too_much_waiting_says_when_to_try_again_and_answers_each_proposal_once() {
+    let mut setup = Setup::new();
+    let links = Links::default();
+    setup.links = Some(links.clone());
+    let hosts = crash::voters(&setup, &links, 1).await;
+    let member = setup.authority.broker(77);
+    let caller = Stranger::new(&hosts[0].broker, &setup.authority, &member, 77);
+    let command = Command::new(Actor::BROKER, 77, None, Body::Tick).encode();
+    let propose = move || wire::ProposeRequest { command: command.clone(), credential: String::new() };
+
+    // Nothing that is written comes back: three streams send more than the queue and the entries under way hold.
+    hosts[0].log.set_stalled(true);
+    let busy = Arc::new(AtomicUsize::new(0));
+    let mut streams = Vec::new();
+    for _ in 0..3 {
+        let request = propose();
+        let frames = (1..=TAGS).map(move |tag| wire::ProposeFrame { tag, request: Some(request.clone()) });
+        let frames = futures::stream::iter(frames).chain(futures::stream::pending());
+        let answers = PeerClient::new(caller.channel.clone()).propose_stream(caller.request(frames)).await.unwrap();
+        let (mut answers, busy) = (answers.into_inner(), busy.clone());
+        streams.push(tokio::spawn(async move {
+            let mut tags = Vec::new();
+            while tags.len() < TAGS as usize {
+                let answer = answers.message().await.unwrap().expect("each is answered");
+                if matches!(answer.reply.unwrap().result, Some(wire::propose_reply::Result::Busy(_))) {
+                    busy.fetch_add(1, Ordering::SeqCst);
+                }
+                tags.push(answer.tag);
+            }
+            tags.sort_unstable();
+            assert!(tags.into_iter().eq(1..=TAGS), "each is answered once");
+        }));
+    }
+    until("some are answered busy", || busy.load(Ordering::SeqCst) > 0).await;
+    let refused = PeerClient::new(caller.channel.clone()).propose(caller.request(propose())).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+    assert_eq!(refused.metadata().get("selvedge-retry-after-ms").unwrap(), "100");
+
+    hosts[0].log.set_stalled(false);
+    for stream in streams {
+        stream.await.unwrap();
+    }
+    hosts[0].broker.create_token("after").await.unwrap();
 }
