@@ -247,7 +247,7 @@ async fn a_leader_with_too_much_waiting_says_when_to_try_again_and_answers_each_
     let member = setup.authority.broker(77);
     let caller = Stranger::new(&hosts[0].broker, &setup.authority, &member, 77);
     let command = Command::new(Actor::BROKER, 77, None, Body::Tick).encode();
-    let propose = move || wire::ProposeRequest { command: command.clone(), credential: String::new() };
+    let propose = move || wire::ProposeRequest { command: command.clone().into(), credential: String::new() };
 
     // Nothing that is written comes back: three streams send more than the queue and the entries under way hold.
     hosts[0].log.set_stalled(true);
