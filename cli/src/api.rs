@@ -1,5 +1,5 @@
-//! The admin API, as its caller: reads go to the first endpoint that answers; a change is sent with one
-//! `Idempotency-Key` to one endpoint after the other until its outcome is known.
+//! The admin API, as its caller: reads go to the first endpoint that answers and is not behind what was changed from
+//! here; a change is sent with one `Idempotency-Key` to one endpoint after the other until its outcome is known.
 
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use serde_json::Value;
 use tokio::time::{Instant, sleep};
 
 use crate::context::{Context, Token};
+use crate::seen::Seen;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 const READ_TIMEOUT: Duration = Duration::from_secs(20);
@@ -21,6 +22,8 @@ const ENFORCED_WAIT: Duration = Duration::from_secs(120);
 /// A change is tried again for so long while no leader is there or its outcome is unknown.
 const CHANGE_DEADLINE: Duration = Duration::from_secs(20);
 const PAUSE: Duration = Duration::from_millis(500);
+const READ_HEADER: &str = "selvedge-read";
+const POSITION_HEADER: &str = "selvedge-position";
 const KEEPALIVE: Duration = Duration::from_secs(30);
 /// Bytes of an answer, and of one line of a stream.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
@@ -92,6 +95,15 @@ pub enum Wait {
     Enforced,
 }
 
+/// How fresh what is read must be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Read {
+    /// As the answering broker has it
+    Local,
+    /// With everything that was committed before
+    Linearizable,
+}
+
 /// A caller of one cluster's API.
 #[derive(Clone)]
 pub struct Client {
@@ -99,20 +111,25 @@ pub struct Client {
     direct: reqwest::Client,
     endpoints: Vec<Url>,
     token: Token,
+    /// None leaves it to the broker.
+    read: Option<Read>,
+    seen: Seen,
 }
 
 /// What a query asks.
 pub type Query<'a> = &'a [(&'a str, String)];
 
 impl Client {
-    /// A caller with a context's endpoints, pin and token.
-    pub fn new(context: &Context) -> Result<Self, Error> {
+    /// A caller with a context's endpoints, pin and token, that reads so.
+    pub fn new(context: &Context, read: Option<Read>) -> Result<Self, Error> {
         let endpoint = |text: &String| Url::parse(text).map_err(|_| Error::Endpoint(text.clone()));
         Ok(Self {
             http: http(context.pin)?.build().map_err(Error::Http)?,
             direct: http(context.pin)?.no_proxy().build().map_err(Error::Http)?,
             endpoints: context.endpoints.iter().map(endpoint).collect::<Result<_, _>>()?,
             token: context.token.clone(),
+            read,
+            seen: Seen::of(context.pin),
         })
     }
 
@@ -148,6 +165,22 @@ impl Client {
     }
 
     async fn get(&self, path: &str, query: Query<'_>, limit: Option<Duration>) -> Result<(String, Response), Error> {
+        match self.get_no_older(path, query, limit).await {
+            Err(Error::Refused { code, .. }) if code == "reset" && self.seen.position().is_some() => {
+                tracing::warn!("the cluster was restored: what was changed from here before may be gone");
+                self.seen.forget();
+                self.get_no_older(path, query, limit).await
+            }
+            got => got,
+        }
+    }
+
+    async fn get_no_older(
+        &self,
+        path: &str,
+        query: Query<'_>,
+        limit: Option<Duration>,
+    ) -> Result<(String, Response), Error> {
         let mut tried = Vec::new();
         for endpoint in &self.endpoints {
             let mut url = endpoint.clone();
@@ -156,6 +189,12 @@ impl Client {
                 url.query_pairs_mut().extend_pairs(query);
             }
             let mut request = self.request(Method::GET, url);
+            if let Some(position) = self.seen.position() {
+                request = request.header(POSITION_HEADER, position.to_string());
+            }
+            if let Some(mode) = self.read.and_then(|read| clap::ValueEnum::to_possible_value(&read)) {
+                request = request.header(READ_HEADER, mode.get_name());
+            }
             if let Some(limit) = limit {
                 request = request.timeout(limit);
             }
@@ -233,6 +272,10 @@ impl Client {
                 Error::Refused { status: 500.., detail, .. } => Attempt::Unknown(detail),
                 refused => Attempt::Answered(Err(refused)),
             };
+        }
+        let position = response.headers().get(POSITION_HEADER).and_then(|value| value.to_str().ok()?.parse().ok());
+        if let Some(position) = position {
+            self.seen.note(position);
         }
         match whole(response).await {
             Ok(_) if status == StatusCode::NO_CONTENT => Attempt::Answered(Ok(Value::Null)),

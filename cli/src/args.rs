@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 use selvedge_proto::identity::Pin;
 
+use crate::api::Read;
 use crate::command::{
     apply, audit, broker, client, cluster, config, connector, context, events, explain, identity, keys, revoke,
 };
@@ -34,6 +35,9 @@ pub struct Global {
     pub token: Option<String>,
     #[arg(skip)]
     pub pin: Option<Pin>,
+    /// How fresh what is shown must be; each command has its own default, see the page of the API
+    #[arg(long, global = true, env = "SELVEDGE_READ", value_enum, value_name = "MODE")]
+    pub read: Option<Read>,
     /// How log lines are written to standard error
     #[arg(long, global = true, env = "SELVEDGE_LOG_FORMAT", value_enum, default_value_t)]
     pub log_format: Format,

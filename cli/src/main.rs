@@ -13,6 +13,7 @@ mod diff;
 mod duration;
 mod objects;
 mod output;
+mod seen;
 mod shutdown;
 mod telemetry;
 

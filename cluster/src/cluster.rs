@@ -40,6 +40,7 @@ use crate::network::{MESSAGE_BYTES_MAX, Network};
 use crate::propose::Done;
 use crate::published::{HashesAt, Published, ToEnforce};
 use crate::raft_types::seeded;
+use crate::read::{Mode, Read};
 use crate::service::{PeerService, RaftService};
 use crate::snapshot::{self, SnapshotHead, Snapshots};
 use crate::status::{Status, status};
@@ -132,6 +133,7 @@ impl Cluster {
                 Ok(Ok(reply)) => match reply.into_inner().result {
                     Some(Reply::Done(_)) => return Ok(()),
                     Some(Reply::Failed(reason) | Reply::Later(reason)) => why = format!("`{address}`: {reason}"),
+                    Some(Reply::Refused(refused)) => why = format!("`{address}`: {}", refused.message),
                     Some(Reply::NotLeader(_)) | None => why = format!("`{address}`: no leader"),
                 },
                 Ok(Err(status)) => why = format!("`{address}`: {status}"),
@@ -141,34 +143,40 @@ impl Cluster {
         Err(Error::Membership(why))
     }
 
-    /// Makes a broker a learner; `address` is where its peer listener is reached until the registry says so. Here or
-    /// through the leader.
+    /// Makes an enrolled broker a learner; `address` is where its peer listener is reached until the registry says so.
     ///
-    /// **Errors**: [`Error::Membership`].
-    pub async fn add_learner(&self, node: u64, address: &str) -> Result<(), Error> {
+    /// **Errors**: [`Error::Membership`], [`Error::Refused`].
+    pub async fn add_learner(&self, asker: &Asker, node: u64, address: &str) -> Result<(), Error> {
         let add = wire::AddLearner { node, address: address.to_owned() };
-        membership::change(&self.core, Change::AddLearner(add)).await
+        membership::change(&self.core, asker, Change::AddLearner(add)).await
     }
 
-    /// Makes a learner a voter, once it has caught up.
+    /// Makes a learner a voter, once it has caught up: an owner any that has the role, a broker itself.
     ///
-    /// **Errors**: [`Error::Membership`].
-    pub async fn promote(&self, node: u64) -> Result<(), Error> {
-        membership::change(&self.core, Change::Promote(node)).await
+    /// **Errors**: [`Error::Membership`], [`Error::Refused`].
+    pub async fn promote(&self, asker: &Asker, node: u64) -> Result<(), Error> {
+        membership::change(&self.core, asker, Change::Promote(node)).await
     }
 
-    /// Removes a voter or learner.
+    /// Lets go of a voter or learner that the registry says is removed, for an owner.
     ///
-    /// **Errors**: [`Error::Membership`].
-    pub async fn remove(&self, node: u64) -> Result<(), Error> {
-        membership::change(&self.core, Change::Remove(node)).await
+    /// **Errors**: [`Error::Membership`], [`Error::Refused`].
+    pub async fn remove(&self, asker: &Asker, node: u64) -> Result<(), Error> {
+        membership::change(&self.core, asker, Change::Remove(node)).await
     }
 
-    /// Hands leadership over, to a certain voter or the one that has the most of the log.
+    /// Hands leadership over for an owner, to a certain voter or the one that has the most of the log.
+    ///
+    /// **Errors**: [`Error::Membership`], [`Error::Refused`].
+    pub async fn transfer_leader(&self, asker: &Asker, to: Option<u64>) -> Result<(), Error> {
+        membership::change(&self.core, asker, Change::TransferLeader(to.unwrap_or(0))).await
+    }
+
+    /// Hands leadership over, if this broker has it, to a certain voter or the one that has the most of the log.
     ///
     /// **Errors**: [`Error::Membership`].
-    pub async fn transfer_leader(&self, to: Option<u64>) -> Result<(), Error> {
-        membership::change(&self.core, Change::TransferLeader(to.unwrap_or(0))).await
+    pub async fn hand_over(&self, to: Option<u64>) -> Result<(), Error> {
+        membership::transfer(&self.core, to).await
     }
 
     /// Proposes a command from this broker, whoever leads. Returns once this broker has applied it; a retry inside is
@@ -195,6 +203,14 @@ impl Cluster {
     /// **Errors**: [`Error::Unavailable`] without a leader that has a quorum, [`Error::TimedOut`].
     pub async fn linearizable(&self, wait: Duration) -> Result<Arc<State>, Error> {
         self.core.linearizable(wait).await
+    }
+
+    /// A state that is no older than `seen`, when the caller has seen any, and how old it may be.
+    ///
+    /// **Errors**: [`Error::Unavailable`], [`Error::TimedOut`]; [`Error::Reset`] when that was in an epoch that is over;
+    /// [`Error::Behind`] when this broker does not get that far within `wait`.
+    pub async fn read(&self, mode: Mode, seen: Option<Id>, wait: Duration) -> Result<Read, Error> {
+        self.core.read(mode, seen, wait).await
     }
 
     /// Waits until this broker has applied a position.
@@ -361,6 +377,7 @@ async fn start(
     let seed = options.seed.unwrap_or_else(rand::random);
     let raft = seeded(seed, openraft::Raft::new(node, config, network, log.clone(), machine)).await;
     let raft = raft.map_err(|error| Error::Raft(error.to_string()))?;
+    acquaintances.look_at(&raft);
     // Until it has met enough of the others.
     raft.runtime_config().elect(false);
 

@@ -134,10 +134,7 @@ pub(crate) fn outcome(outcome: Outcome) -> wire::propose_reply::Result {
             position: Some(position(at)),
             ids: ids.into_iter().map(position).collect(),
         }),
-        Outcome::Refused(rejected) => wire::propose_reply::Result::Refused(wire::Refused {
-            code: rejected.code as i32,
-            message: rejected.message,
-        }),
+        Outcome::Refused(refused) => wire::propose_reply::Result::Refused(rejected(refused)),
     }
 }
 
@@ -149,8 +146,16 @@ pub(crate) fn done_back(done: wire::Done) -> Outcome {
 }
 
 pub(crate) fn refused_back(refused: wire::Refused) -> Outcome {
+    Outcome::Refused(rejected_back(refused))
+}
+
+pub(crate) fn rejected(rejected: Rejected) -> wire::Refused {
+    wire::Refused { code: rejected.code as i32, message: rejected.message }
+}
+
+pub(crate) fn rejected_back(refused: wire::Refused) -> Rejected {
     let code = RejectedCode::try_from(refused.code).unwrap_or(RejectedCode::Before);
-    Outcome::Refused(Rejected::new(code, refused.message))
+    Rejected::new(code, refused.message)
 }
 
 #[cfg(test)]

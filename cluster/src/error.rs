@@ -27,6 +27,9 @@ pub enum Error {
     /// It took longer than the caller would wait.
     #[error("timed out")]
     TimedOut,
+    /// Who asks may not have it.
+    #[error(transparent)]
+    Refused(Rejected),
     /// The membership cannot be changed so.
     #[error("the membership cannot be changed: {0}")]
     Membership(String),
@@ -55,6 +58,14 @@ pub enum Error {
     Slow {
         /// The first event that it was not given.
         resume: Id,
+    },
+    /// This broker has not applied what its caller has seen.
+    #[error("this broker is at {position} and has not applied {seen} yet")]
+    Behind {
+        /// Where this broker's state stands.
+        position: Id,
+        /// What the caller has seen.
+        seen: Id,
     },
     /// A journal row that does not decode.
     #[error("journal row {seq} is damaged")]

@@ -17,6 +17,8 @@ pub const CLOCK_STEP_MS_MAX: u64 = 1_000;
 pub struct Lease {
     clock: Arc<dyn Clock>,
     end_ms: AtomicU64,
+    /// When the newest renewal was asked for; 0 before the first.
+    asked_ms: AtomicU64,
     /// Wall clock minus boottime when the last renewal was asked for.
     skew_ms: AtomicI64,
     renewed: watch::Sender<u64>,
@@ -33,7 +35,14 @@ struct Asking {
 impl Lease {
     pub(crate) fn new(clock: Arc<dyn Clock>) -> Self {
         let skew_ms = AtomicI64::new(skew_ms(&*clock));
-        Self { clock, end_ms: AtomicU64::new(0), skew_ms, renewed: watch::Sender::new(0), wanted: Notify::new() }
+        Self {
+            clock,
+            end_ms: AtomicU64::new(0),
+            asked_ms: AtomicU64::new(0),
+            skew_ms,
+            renewed: watch::Sender::new(0),
+            wanted: Notify::new(),
+        }
     }
 
     /// Asks for a renewal, and sets the lease's end from before it asked.
@@ -58,6 +67,7 @@ impl Lease {
         self.skew_ms.store(asked.skew_ms, Ordering::Release);
         let end_ms = asked.at_ms + lease_ms;
         self.end_ms.fetch_max(end_ms, Ordering::AcqRel);
+        self.asked_ms.fetch_max(asked.at_ms, Ordering::AcqRel);
         self.renewed.send_modify(|end| *end = (*end).max(end_ms));
     }
 
@@ -84,6 +94,11 @@ impl Lease {
     /// What is left of it, in milliseconds; 0 when it has ended.
     pub fn left_ms(&self) -> u64 {
         self.end_ms.load(Ordering::Acquire).saturating_sub(self.clock.boottime_ms())
+    }
+
+    /// When the newest renewal was asked for, on the boottime clock in milliseconds: what was committed before is here.
+    pub(crate) fn asked_ms(&self) -> Option<u64> {
+        Some(self.asked_ms.load(Ordering::Acquire)).filter(|asked_ms| *asked_ms > 0)
     }
 
     /// When it ends or ended, on the boottime clock in milliseconds; 0 before the first one.

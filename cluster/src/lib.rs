@@ -55,6 +55,7 @@ pub use membership::MEMBERS_MAX;
 pub use network::MESSAGE_BYTES_MAX;
 pub use propose::{COMMAND_BYTES_MAX, Done, PROPOSAL_TIMEOUT};
 pub use published::HashesAt;
+pub use read::{Mode, Read};
 pub use snapshot::SnapshotHead;
 pub use status::{Member, Status};
 pub use transport::{Handshake, Link, Listener, Stream, Tls, Transport};

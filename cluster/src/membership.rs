@@ -1,4 +1,7 @@
 //! Who is a member, and who leads.
+//!
+//! **Invariant:** a broker brings about for itself only what its place in the registry gives it; anything else is an
+//! owner's, whose credential the leader has looked at.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -6,15 +9,18 @@ use std::time::Duration;
 
 use openraft::errors::{ClientWriteError, ForwardToLeader, RaftError};
 use openraft::{ChangeMembers, EmptyNode};
-use selvedge_domain::rows::{Broker, BrokerRole};
+use selvedge_domain::rows::{AdminRole, Broker, BrokerRole};
+use selvedge_domain::{Asker, Credential, Rejected, RejectedCode, State};
 use selvedge_proto::peer as wire;
 use selvedge_proto::peer::change_request::Change;
 use tokio::time::Instant;
 use tonic::Request;
 
+use crate::convert;
 use crate::core::Core;
 use crate::dial::Purpose;
 use crate::error::{Error, Fatal};
+use crate::metrics::CREDENTIALS_REFUSED_TOTAL;
 use crate::raft_types::TypeConfig;
 
 /// A change of the membership is retried for so long.
@@ -36,24 +42,28 @@ pub(crate) enum Attempt {
     /// It may go another time.
     Later(String),
     Failed(String),
+    /// Who asks may not have it.
+    Refused(Rejected),
 }
 
 type WriteError = RaftError<TypeConfig, ClientWriteError<TypeConfig>>;
 
 /// Changes the membership, here or through the leader. Asking for what is so already changes nothing.
-pub(crate) async fn change(core: &Arc<Core>, change: Change) -> Result<(), Error> {
+pub(crate) async fn change(core: &Arc<Core>, asker: &Asker, change: Change) -> Result<(), Error> {
+    let credential = asker.credential.as_ref();
     let deadline = Instant::now() + CHANGE_TIMEOUT;
     let mut hint = None;
     let mut why = "no leader can be reached".to_owned();
     while Instant::now() < deadline {
         let attempt = match hint.take().or_else(|| core.leader()) {
             None => Attempt::NotLeader(None),
-            Some(leader) if leader == core.node => change_here(core, &change).await,
-            Some(leader) => change_through(core, leader, change.clone()).await,
+            Some(leader) if leader == core.node => change_here(core, core.node, credential, &change).await,
+            Some(leader) => change_through(core, leader, credential, change.clone()).await,
         };
         match attempt {
             Attempt::Done => return Ok(()),
             Attempt::Failed(why) => return Err(Error::Membership(why)),
+            Attempt::Refused(rejected) => return Err(Error::Refused(rejected)),
             Attempt::NotLeader(leader) => hint = leader.filter(|leader| *leader != core.node),
             Attempt::Later(reason) => why = reason,
         }
@@ -62,8 +72,9 @@ pub(crate) async fn change(core: &Arc<Core>, change: Change) -> Result<(), Error
     Err(Error::Membership(why))
 }
 
-async fn change_through(core: &Core, leader: u64, change: Change) -> Attempt {
-    let mut request = Request::new(wire::ChangeRequest { change: Some(change) });
+async fn change_through(core: &Core, leader: u64, credential: Option<&Credential>, change: Change) -> Attempt {
+    let credential = credential.map(|credential| credential.reveal().to_owned()).unwrap_or_default();
+    let mut request = Request::new(wire::ChangeRequest { change: Some(change), credential });
     request.set_timeout(ATTEMPT_TIMEOUT);
     let mut client = core.peer_client(leader, Purpose::Control);
     use wire::change_reply::Result as Reply;
@@ -73,6 +84,7 @@ async fn change_through(core: &Core, leader: u64, change: Change) -> Attempt {
             Some(Reply::NotLeader(not)) => Attempt::NotLeader((not.leader != 0).then_some(not.leader)),
             Some(Reply::Failed(why)) => Attempt::Failed(why),
             Some(Reply::Later(why)) => Attempt::Later(why),
+            Some(Reply::Refused(refused)) => Attempt::Refused(convert::rejected_back(refused)),
             None => Attempt::Failed("an answer that is none".to_owned()),
         },
         Ok(Err(status)) => Attempt::Later(status.to_string()),
@@ -80,19 +92,51 @@ async fn change_through(core: &Core, leader: u64, change: Change) -> Attempt {
     }
 }
 
-/// One attempt, as the leader that this broker may be.
-pub(crate) async fn change_here(core: &Arc<Core>, change: &Change) -> Attempt {
-    if let Change::TransferLeader(to) = change {
-        return match transfer(core, (*to != 0).then_some(*to)).await {
-            Ok(()) => Attempt::Done,
-            Err(error) => Attempt::Failed(error.to_string()),
-        };
-    }
-    // What the registry says is judged in a state that nobody is ahead of.
+/// One attempt, as the leader that this broker may be, for a broker that passes on what the holder of a credential asks
+/// for, or asks for itself.
+pub(crate) async fn change_here(
+    core: &Arc<Core>,
+    caller: u64,
+    credential: Option<&Credential>,
+    change: &Change,
+) -> Attempt {
+    // Who may what, and what the registry says, is judged in a state that nobody is ahead of.
     let state = match core.linearizable(ATTEMPT_TIMEOUT / 2).await {
         Ok(state) if core.leads() => state,
         _ => return Attempt::NotLeader(core.leader().filter(|leader| *leader != core.node)),
     };
+    if let Err(rejected) = may_have(&state, caller, credential, change) {
+        ::metrics::counter!(CREDENTIALS_REFUSED_TOTAL).increment(1);
+        tracing::warn!(caller, ?change, reason = rejected.message, "refused a change of the membership");
+        return Attempt::Refused(rejected);
+    }
+    match change {
+        Change::TransferLeader(to) => match transfer(core, (*to != 0).then_some(*to)).await {
+            Ok(()) => Attempt::Done,
+            Err(error) => Attempt::Failed(error.to_string()),
+        },
+        change => attempt(core, &state, change).await,
+    }
+}
+
+/// Whether the holder of a credential, or without one the broker that calls, may have a change.
+fn may_have(state: &State, caller: u64, credential: Option<&Credential>, change: &Change) -> Result<(), Rejected> {
+    if let Some(credential) = credential {
+        let message = "the credential is not known, was revoked, or is somebody else's";
+        let actor = credential.actor(state).ok_or_else(|| Rejected::new(RejectedCode::Unauthenticated, message))?;
+        return state.need_role(&actor, AdminRole::Owner);
+    }
+    match change {
+        // Its enrolment is what makes a broker a member; others only pass on that it is there.
+        Change::AddLearner(_) => Ok(()),
+        Change::Promote(node) if *node == caller => Ok(()),
+        Change::Promote(_) | Change::Remove(_) | Change::TransferLeader(_) => {
+            Err(Rejected::new(RejectedCode::Forbidden, "an owner's credential is needed"))
+        }
+    }
+}
+
+async fn attempt(core: &Arc<Core>, state: &State, change: &Change) -> Attempt {
     let Ok(_one_at_a_time) = core.changing.try_lock() else {
         return Attempt::Later("another change of the membership is under way".to_owned());
     };
@@ -157,7 +201,7 @@ pub(crate) async fn change_here(core: &Arc<Core>, change: &Change) -> Attempt {
                 core.raft.change_membership(nodes, false).await.map(drop)
             }
         }
-        Change::TransferLeader(_) => return Attempt::Failed("handed over above".to_owned()),
+        Change::TransferLeader(_) => return Attempt::Failed("that changes no membership".to_owned()),
     };
     match result {
         Ok(()) => Attempt::Done,
@@ -186,7 +230,7 @@ pub(crate) async fn keep(core: Arc<Core>) {
             continue;
         }
         let Some(node) = membership.nodes().map(|(node, _)| *node).find(removed) else { continue };
-        if let Attempt::Later(why) | Attempt::Failed(why) = change_here(&core, &Change::Remove(node)).await {
+        if let Attempt::Later(why) | Attempt::Failed(why) = attempt(&core, &state, &Change::Remove(node)).await {
             tracing::debug!(node, why, "a removed broker is still a member");
         }
     }

@@ -28,7 +28,7 @@ pub const TERM: &str = "selvedge_cluster_term";
 pub const LEASE_LEFT_SECONDS: &str = "selvedge_cluster_lease_left_seconds";
 /// Renewals of the freshness lease, by `outcome` (`renewed`, `failed`).
 pub const LEASE_RENEWALS_TOTAL: &str = "selvedge_cluster_lease_renewals_total";
-/// Calls refused on the peer listener, by `reason` (`handshake`, `cluster`, `epoch`, `node`, `removed`, `forgot`).
+/// Calls refused on the peer listener, by `reason` (`handshake`, `cluster`, `epoch`, `node`, `removed`, `forgot`, `claim`, `doubt`).
 pub const PEER_REFUSED_TOTAL: &str = "selvedge_cluster_peer_refused_total";
 /// Snapshots, by `kind` (`built`, `sent`, `installed`).
 pub const SNAPSHOTS_TOTAL: &str = "selvedge_cluster_snapshots_total";
@@ -67,7 +67,7 @@ pub const JOURNAL_FETCHED_ROWS_TOTAL: &str = "selvedge_cluster_journal_fetched_r
 pub fn describe() {
     describe_counter!(
         CREDENTIALS_REFUSED_TOTAL,
-        "commands refused by this leader for a credential that is not their actor's"
+        "commands and changes of the membership refused by this leader for their credential"
     );
     describe_counter!(PROPOSALS_TOTAL, "commands proposed on this broker, by outcome");
     describe_histogram!(PROPOSAL_SECONDS, Unit::Seconds, "from proposal to answer");

@@ -6,7 +6,7 @@ use std::time::Duration;
 use openraft::errors::{LinearizableReadError, RaftError};
 use openraft::{LinearizerOption, ReadPolicy};
 use parking_lot::Mutex;
-use selvedge_domain::State;
+use selvedge_domain::{Id, State};
 use selvedge_proto::peer as wire;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -24,6 +24,24 @@ const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(2);
 const ROUND_TIMEOUT: Duration = Duration::from_secs(5);
 /// Renewals of the freshness lease are no closer together.
 pub const RENEW_INTERVAL_MIN: Duration = Duration::from_millis(250);
+
+/// How a state is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// As this broker has it.
+    Local,
+    /// With everything that was committed before the call.
+    Linearizable,
+}
+
+/// A state that was read.
+pub struct Read {
+    /// The state.
+    pub state: Arc<State>,
+    /// Nothing that was committed longer ago is missing in it; none on a broker that never asked a leader.
+    /// **Units**: milliseconds.
+    pub age_ms: Option<u64>,
+}
 
 /// Why this broker does not know a read index.
 #[derive(Debug)]
@@ -164,6 +182,33 @@ impl Core {
         let reached = tokio::time::timeout_at(deadline, reached).await.map_err(|_| Error::TimedOut)?;
         reached.map_err(|_| Error::Unavailable)?;
         Ok(self.published.state())
+    }
+
+    /// A state that is no older than `seen`, for a caller that has seen it.
+    ///
+    /// **Errors**: [`Error::Reset`] when that was in an epoch that is over, [`Error::Behind`] when this broker does not
+    /// get that far within `wait`.
+    pub(crate) async fn read(self: &Arc<Self>, mode: Mode, seen: Option<Id>, wait: Duration) -> Result<Read, Error> {
+        let (begun_ms, deadline) = (self.clock.boottime_ms(), Instant::now() + wait);
+        // Before the state, which may be newer by then.
+        let asked_ms = match mode {
+            Mode::Local => self.lease.asked_ms(),
+            Mode::Linearizable => Some(begun_ms),
+        };
+        let mut state = match mode {
+            Mode::Local => self.published.state(),
+            Mode::Linearizable => self.linearizable(wait).await?,
+        };
+        if let Some(seen) = seen {
+            let position = state.position();
+            if seen.epoch < position.epoch {
+                return Err(Error::Reset { position });
+            }
+            let applied = tokio::time::timeout_at(deadline, self.wait_applied(seen)).await;
+            state = applied.map_err(|_| Error::Behind { position, seen })??;
+        }
+        let age_ms = asked_ms.map(|asked_ms| self.clock.boottime_ms().saturating_sub(asked_ms));
+        Ok(Read { state, age_ms })
     }
 
     /// Who may hold a lease, as the leader knows.

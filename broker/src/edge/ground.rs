@@ -102,7 +102,7 @@ impl Ground for Cluster {
             status.members.iter().filter(|other| other.voter && other.node != self.node() && stays(other.node));
         let next = others.min_by_key(|other| other.lag_entries.unwrap_or(u64::MAX));
         if let Some(next) = next
-            && let Err(error) = self.transfer_leader(Some(next.node)).await
+            && let Err(error) = Cluster::hand_over(self, Some(next.node)).await
         {
             tracing::debug!(%error, "leadership was not handed over");
         }

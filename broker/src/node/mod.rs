@@ -457,7 +457,7 @@ async fn register(cluster: &Cluster, config: &Valid, home: &Home) -> Result<(), 
             if votes || !is_to_vote || seeds.is_empty() {
                 Ok(())
             } else {
-                cluster.promote(cluster.node()).await.map_err(|e| e.to_string())
+                cluster.promote(&Asker::BROKER, cluster.node()).await.map_err(|e| e.to_string())
             }
         };
         match step.await {

@@ -174,7 +174,8 @@ impl House {
             uses_max: 1,
             life_ms: 3_600_000,
         };
-        self.as_owner(0, Body::CreateEnrolKey(key)).await;
+        let cluster = self.machines[0].cluster();
+        cluster.propose(self.as_owner(), Body::CreateEnrolKey(key), None).await.unwrap();
         let request = join_request(&machine.configured().loaded.config).unwrap();
         let body = json!({
             "secret": secret, "kind": "broker", "name": machine.name, "csr": STANDARD.encode(&request.csr),
@@ -204,17 +205,16 @@ impl House {
         self.machines.len() - 1
     }
 
-    async fn as_owner(&self, at: usize, body: Body) {
-        let cluster = self.machines[at].cluster();
-        let owner = cluster.state().find::<Token>(IndexKey::name("owner")).unwrap();
-        let asker = Asker::holder(Actor::token(owner.id(), owner.generation), Credential::new(self.owner.as_str()));
-        cluster.propose(asker, body, None).await.unwrap();
+    fn as_owner(&self) -> Asker {
+        let owner = self.machines[0].cluster().state().find::<Token>(IndexKey::name("owner")).unwrap();
+        Asker::holder(Actor::token(owner.id(), owner.generation), Credential::new(self.owner.as_str()))
     }
 
     /// Removes a broker for ever, as the API does.
     async fn remove(&self, at: usize, node: u64) {
-        self.as_owner(at, Body::RemoveBroker { node }).await;
-        self.machines[at].cluster().remove(node).await.unwrap();
+        let cluster = self.machines[at].cluster();
+        cluster.propose(self.as_owner(), Body::RemoveBroker { node }, None).await.unwrap();
+        cluster.remove(&self.as_owner(), node).await.unwrap();
     }
 
     /// Lets days pass; every broker that runs has a certificate that is good for long when it returns.
@@ -299,7 +299,7 @@ async fn a_broker_that_slept_through_a_replacement_and_a_week_of_certificates_re
     let gone = house.machines[1].running.take().expect("it runs");
     let ended = tokio::time::timeout(PATIENCE, gone.ended).await.expect("it ends by itself").unwrap();
     assert!(matches!(ended, Err(Error::Fatal(selvedge_cluster::Fatal::Removed))), "{ended:?}");
-    let moved = house.machines[0].cluster().transfer_leader(Some(node(&house, next))).await;
+    let moved = house.machines[0].cluster().transfer_leader(&house.as_owner(), Some(node(&house, next))).await;
     moved.unwrap();
     house.pass(11).await;
     house.machines[2].start().await;

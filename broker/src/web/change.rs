@@ -16,6 +16,7 @@ use utoipa::ToSchema;
 
 use super::auth::Caller;
 use super::problem::rejected_code;
+use super::read::POSITION_HEADER;
 use super::{Context, Problem};
 use crate::audit::{AdminChange, EnforceReceipt, Record, clipped};
 
@@ -166,7 +167,7 @@ impl Changed {
     pub fn mark(&self, response: &mut Response) {
         let headers = response.headers_mut();
         if let Ok(position) = HeaderValue::from_str(&self.done.position.to_string()) {
-            headers.insert("selvedge-position", position);
+            headers.insert(POSITION_HEADER, position);
         }
         if let Some(enforced) = &self.enforced {
             if enforced.complete {

@@ -45,7 +45,7 @@ pub const GRANT_LIFE_MS: u64 = 7 * 24 * 3_600_000;
 pub const GRANT_REPEAT_MS: u64 = 600_000;
 
 pub(super) fn routes() -> Vec<Route> {
-    vec![Route { path: "/enrol/v1".to_owned(), need: Need::Nothing, handlers: post(enrol) }]
+    vec![Route { path: "/enrol/v1".to_owned(), need: Need::Nothing, read: None, handlers: post(enrol) }]
 }
 
 #[derive(Deserialize)]

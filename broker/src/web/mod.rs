@@ -18,6 +18,7 @@ mod listener;
 mod metrics;
 pub mod openapi;
 mod problem;
+mod read;
 mod renew;
 mod router;
 mod scim;
@@ -43,6 +44,7 @@ pub use listener::{
     CONNECTIONS_MAX, CONNECTIONS_PER_PREFIX_MAX, HANDSHAKE_TIMEOUT, HEADER_TIMEOUT, STREAMS_PER_CONNECTION_MAX, Web,
 };
 pub use problem::Problem;
+pub use read::READ_WAIT;
 pub use router::{
     ADMIN_BODY_BYTES_MAX, BODY_TIMEOUT, ENROL_BODY_BYTES_MAX, REQUEST_TIMEOUT, REQUESTS_MAX, SCIM_BODY_BYTES_MAX,
 };

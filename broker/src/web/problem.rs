@@ -179,9 +179,14 @@ impl From<selvedge_cluster::Error> for Problem {
                 let detail = format!("this broker does not have the events up to {upto} yet; {have} them");
                 Self::unavailable("elsewhere", detail)
             }
+            selvedge_cluster::Error::Behind { position, seen } => {
+                let detail = format!("this broker is at {position} and has not applied {seen} yet; ask another");
+                Self::unavailable("stale", detail)
+            }
             selvedge_cluster::Error::Slow { resume } => {
                 Self::unavailable("slow", format!("the reader took nothing for too long; it resumes at {resume}"))
             }
+            selvedge_cluster::Error::Refused(rejected) => rejected.into(),
             selvedge_cluster::Error::Membership(message) => Self::conflict(message),
             other => Self::internal(&other),
         }

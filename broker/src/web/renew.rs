@@ -31,7 +31,7 @@ use crate::edge::standing::{self, Unfit};
 const FRESH_WAIT: Duration = Duration::from_secs(5);
 
 pub(super) fn routes() -> Vec<Route> {
-    vec![Route { path: PATH.to_owned(), need: Need::Nothing, handlers: post(renew) }]
+    vec![Route { path: PATH.to_owned(), need: Need::Nothing, read: None, handlers: post(renew) }]
 }
 
 async fn renew(State(context): State<Arc<Context>>, request: Request) -> Result<Response, Problem> {

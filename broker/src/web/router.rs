@@ -5,15 +5,17 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::{Request, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::MethodRouter;
+use selvedge_cluster::Mode;
 
 use super::auth::{self, Need};
 use super::input::BodyLimit;
 use super::listener::Source;
 use super::metrics::{REQUEST_SECONDS, REQUESTS_REFUSED_TOTAL, REQUESTS_TOTAL};
+use super::read::Reading;
 use super::{Context, Problem, api, enrol, renew, scim};
 
 /// Bytes of an enrolment's body.
@@ -38,6 +40,8 @@ pub(super) struct Route {
     pub path: String,
     /// The credential that it needs.
     pub need: Need,
+    /// How it reads when the caller does not say; none when it reads nothing of the log.
+    pub read: Option<Mode>,
     /// Its handlers.
     pub handlers: MethodRouter<Arc<Context>>,
 }
@@ -46,6 +50,7 @@ pub(super) struct Route {
 struct Guard {
     context: Arc<Context>,
     need: Need,
+    read: Option<Mode>,
     limit: BodyLimit,
     shape: Shape,
 }
@@ -61,7 +66,8 @@ pub(super) fn router(context: Arc<Context>) -> Router {
     ];
     for (routes, limit_bytes, shape) in surfaces {
         for route in routes {
-            let guard = Guard { context: context.clone(), need: route.need, limit: BodyLimit(limit_bytes), shape };
+            let (need, read) = (route.need, route.read);
+            let guard = Guard { context: context.clone(), need, read, limit: BodyLimit(limit_bytes), shape };
             router = router.route(&route.path, route.handlers.route_layer(from_fn_with_state(guard, admit)));
         }
     }
@@ -82,7 +88,7 @@ async fn wrong_method() -> Problem {
     Problem::new(StatusCode::METHOD_NOT_ALLOWED, code, title, "see the list of routes")
 }
 
-/// Lets in who has the credential that the route needs.
+/// Lets in who has the credential that the route needs, and finds the state that is read.
 async fn admit(State(guard): State<Guard>, mut request: Request, next: Next) -> Response {
     let Some(Source(source)) = request.extensions().get().copied() else {
         return (guard.shape)(Problem::unauthenticated("the caller's address is not known"));
@@ -94,7 +100,21 @@ async fn admit(State(guard): State<Guard>, mut request: Request, next: Next) -> 
                 request.extensions_mut().insert(caller);
             }
             request.extensions_mut().insert(guard.limit);
-            next.run(request).await
+            let read = match guard.read.filter(|_| method == Method::GET || method == Method::HEAD) {
+                Some(mode) => match Reading::begin(&guard.context, request.headers(), mode).await {
+                    Ok(read) => Some(read),
+                    Err(problem) => return (guard.shape)(problem),
+                },
+                None => None,
+            };
+            if let Some(read) = &read {
+                request.extensions_mut().insert(read.seen());
+            }
+            let mut response = next.run(request).await;
+            if let Some(read) = read {
+                read.mark(response.headers_mut());
+            }
+            response
         }
         Err(problem) => (guard.shape)(problem),
     }

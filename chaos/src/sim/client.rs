@@ -234,7 +234,8 @@ async fn operate(world: World, node: u64, cluster: Cluster) {
         tokio::time::sleep(RETRY).await;
         match world.next_order(node) {
             Some(Order::Transfer) => {
-                let result = cluster.transfer_leader(None).await;
+                let Some(owner) = owner(&cluster.state()) else { continue };
+                let result = cluster.transfer_leader(&owner, None).await;
                 world.trace(format_args!("{} hands over: {:?}", host(node), result.err().map(|e| e.to_string())));
             }
             None => {}

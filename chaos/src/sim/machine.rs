@@ -156,7 +156,7 @@ async fn join(world: &World, node: u64, cluster: &Cluster) {
             tokio::time::sleep(RETRY).await;
         }
         register(cluster, node).await;
-        while cluster.promote(node).await.is_err() {
+        while cluster.promote(&Asker::BROKER, node).await.is_err() {
             tokio::time::sleep(RETRY).await;
         }
         world.ready(|ready| ready.voters = node as usize);

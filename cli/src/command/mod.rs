@@ -87,7 +87,7 @@ fn logs(global: &Global, level: LevelFilter, service: &'static str) -> anyhow::R
 
 /// A caller of the chosen cluster.
 fn client(global: &Global) -> anyhow::Result<Client> {
-    Ok(Client::new(&Contexts::resolve(global)?)?)
+    Ok(Client::new(&Contexts::resolve(global)?, global.read)?)
 }
 
 /// Prints what became of a change: as JSON whole, or its position and who enforces it.

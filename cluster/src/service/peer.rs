@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use futures::{Stream, StreamExt as _};
 use prost::Message as _;
-use selvedge_domain::Id;
 use selvedge_domain::state::Table;
+use selvedge_domain::{Asker, Credential, Id};
 use selvedge_proto::peer as wire;
 use selvedge_proto::peer::change_request::Change;
 use selvedge_proto::peer::peer_server;
@@ -22,7 +22,7 @@ use crate::leader::{Answer, BUSY_RETRY_AFTER_MS};
 use crate::listen::Caller;
 use crate::membership::{self, Attempt};
 use crate::propose_stream;
-use crate::read::NoReadIndex;
+use crate::read::{Mode, NoReadIndex, Read};
 
 /// Longest wait of a linearizable read.
 const READ_WAIT: Duration = Duration::from_secs(5);
@@ -78,12 +78,21 @@ impl peer_server::Peer for PeerService {
     }
 
     async fn read(&self, request: Request<wire::ReadRequest>) -> Result<Response<wire::ReadReply>, Status> {
-        let wire::ReadRequest { table, key } = request.into_inner();
-        let table = u8::try_from(table).ok().and_then(Table::from_number);
+        let request = request.into_inner();
+        let table = u8::try_from(request.table).ok().and_then(Table::from_number);
         let table = table.ok_or_else(|| Status::invalid_argument("no such table"))?;
-        let state = self.0.linearizable(READ_WAIT).await.map_err(|error| Status::unavailable(error.to_string()))?;
-        let row = state.stored(table, &key).map(|row| row.to_vec());
-        Ok(Response::new(wire::ReadReply { position: Some(convert::position(state.position())), row }))
+        let seen = request.seen.map(|seen| convert::position_back(Some(seen)));
+        let mode = match request.mode() {
+            wire::ReadMode::Linearizable => Mode::Linearizable,
+            wire::ReadMode::Local => Mode::Local,
+        };
+        let read = self.0.read(mode, seen, READ_WAIT).await;
+        let Read { state, age_ms } = read.map_err(|error| match error {
+            Error::Reset { .. } => Status::failed_precondition(error.to_string()),
+            other => Status::unavailable(other.to_string()),
+        })?;
+        let row = state.stored(table, &request.key).map(|row| row.to_vec());
+        Ok(Response::new(wire::ReadReply { position: Some(convert::position(state.position())), row, age_ms }))
     }
 
     async fn report(&self, request: Request<wire::ReportRequest>) -> Result<Response<wire::ReportReply>, Status> {
@@ -161,7 +170,7 @@ impl peer_server::Peer for PeerService {
             return Ok(Response::new(wire::ChangeReply { result: Some(reply) }));
         }
         let add = wire::AddLearner { node: caller.node, address };
-        let result = match membership::change(&self.0, Change::AddLearner(add)).await {
+        let result = match membership::change(&self.0, &Asker::BROKER, Change::AddLearner(add)).await {
             Ok(()) => Reply::Done(wire::Empty {}),
             Err(error) => Reply::Later(error.to_string()),
         };
@@ -169,13 +178,17 @@ impl peer_server::Peer for PeerService {
     }
 
     async fn change(&self, request: Request<wire::ChangeRequest>) -> Result<Response<wire::ChangeReply>, Status> {
-        let change = request.into_inner().change.ok_or_else(|| Status::invalid_argument("no change"))?;
+        let caller = Caller::of(&request)?;
+        let wire::ChangeRequest { change, credential } = request.into_inner();
+        let change = change.ok_or_else(|| Status::invalid_argument("no change"))?;
+        let credential = (!credential.is_empty()).then(|| Credential::new(credential));
         use wire::change_reply::Result as Reply;
-        let result = match membership::change_here(&self.0, &change).await {
+        let result = match membership::change_here(&self.0, caller.node, credential.as_ref(), &change).await {
             Attempt::Done => Reply::Done(wire::Empty {}),
             Attempt::NotLeader(leader) => Reply::NotLeader(not_leader(leader)),
             Attempt::Later(why) => Reply::Later(why),
             Attempt::Failed(why) => Reply::Failed(why),
+            Attempt::Refused(rejected) => Reply::Refused(convert::rejected(rejected)),
         };
         Ok(Response::new(wire::ChangeReply { result: Some(result) }))
     }

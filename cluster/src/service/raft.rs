@@ -54,7 +54,7 @@ impl RaftService {
     fn vote_request(&self, request: Request<wire::VoteRequest>) -> Result<VoteRequest<TypeConfig>, Status> {
         let caller = self.known(&request)?;
         let request = request.into_inner();
-        self.acquaintances.judge_candidate(&self.raft, request.last.as_ref())?;
+        self.acquaintances.judge_candidate(request.last.as_ref())?;
         let vote = self.vote_of(&caller, request.vote.as_ref())?;
         let mut rpc = VoteRequest::new(vote, request.last.as_ref().map(convert::log_id_back));
         rpc.leadership_transfer = request.leadership_transfer;

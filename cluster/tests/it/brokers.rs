@@ -216,7 +216,7 @@ impl Setup {
         first.enrol(&next).await;
         next.cluster.join(std::slice::from_ref(&first.address), &next.address).await.unwrap();
         next.register().await;
-        first.cluster.promote(next.node).await.unwrap();
+        first.cluster.promote(&first.owner(), next.node).await.unwrap();
         brokers.push(next);
     }
 }
@@ -277,7 +277,7 @@ impl Broker {
     /// Removes a broker for ever, as an administrator does.
     pub async fn remove(&self, node: u64) {
         self.cluster.propose(self.owner(), Body::RemoveBroker { node }, None).await.unwrap();
-        self.cluster.remove(node).await.unwrap();
+        self.cluster.remove(&self.owner(), node).await.unwrap();
     }
 
     /// Makes a token, as the first owner.

@@ -240,7 +240,7 @@ pub async fn voters(setup: &Setup, links: &Links, count: usize) -> Vec<Host> {
     while hosts.len() < count {
         let next = Host::new(setup, links, &hosts).await;
         join(&hosts[0].broker, &next.broker).await;
-        hosts[0].broker.cluster.promote(next.broker.node).await.unwrap();
+        hosts[0].broker.cluster.promote(&hosts[0].broker.owner(), next.broker.node).await.unwrap();
         hosts.push(next);
     }
     hosts
@@ -261,7 +261,7 @@ async fn bring(what: Bring, setup: &Setup, links: &Links, hosts: &[Host], victim
         // Refused while another change is under way, and asked again.
         Bring::Lead => {
             let to = if hosts[victim].broker.cluster.leads() { other.node } else { hosts[victim].broker.node };
-            drop(other.cluster.transfer_leader(Some(to)).await);
+            drop(other.cluster.transfer_leader(&other.owner(), Some(to)).await);
         }
         Bring::Compact => {
             let upto_seq = other.cluster.state().position().seq - 1;
@@ -271,12 +271,12 @@ async fn bring(what: Bring, setup: &Setup, links: &Links, hosts: &[Host], victim
             let learner = setup.start(TempDir::new().unwrap()).await;
             other.enrol(&learner).await;
             drop(learner.cluster.join(std::slice::from_ref(&other.address), &learner.address).await);
-            drop(other.cluster.remove(learner.node).await);
+            drop(other.cluster.remove(&other.owner(), learner.node).await);
             learner.cluster.stop().await;
         }
         Bring::Conflict => {
             let victim_node = hosts[victim].broker.node;
-            drop(other.cluster.transfer_leader(Some(victim_node)).await);
+            drop(other.cluster.transfer_leader(&other.owner(), Some(victim_node)).await);
             let sprung = || !hosts[victim].log.has_trap();
             until("the victim leads", || sprung() || hosts[victim].broker.cluster.leads()).await;
             if sprung() {

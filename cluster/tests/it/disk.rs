@@ -198,7 +198,7 @@ async fn a_leader_whose_state_differs_from_that_of_the_others_hands_over_and_sto
         victim.broker.cluster.state().position() == hosts[0].broker.cluster.state().position()
     })
     .await;
-    drop(hosts[0].broker.cluster.transfer_leader(Some(victim.broker.node)).await);
+    drop(hosts[0].broker.cluster.transfer_leader(&hosts[0].broker.owner(), Some(victim.broker.node)).await);
     let why = fatal(&victim.broker.cluster).await;
     assert_eq!(why.code(), "SE0102", "{why}");
     assert!(!victim.broker.cluster.leads(), "another leads before it stops");

@@ -141,10 +141,11 @@ async fn the_membership_changes_while_leaders_die_and_are_cut_off_and_nothing_ac
     crash::join(&hosts[0].broker, &fourth.broker).await;
     hosts.push(fourth);
     let leader = crash::leader_of(&hosts).await;
-    let asked = hosts[(leader + 1) % 3].broker.cluster.clone();
+    let asked = &hosts[(leader + 1) % 3].broker;
+    let (asked, owner) = (asked.cluster.clone(), asked.owner());
     let node = hosts[3].broker.node;
     hosts[leader].state.set_trap(Moment::Before, &hosts[leader].log, crash::is_membership);
-    let promoting = tokio::spawn(async move { asked.promote(node).await });
+    let promoting = tokio::spawn(async move { asked.promote(&owner, node).await });
     let victim = &hosts[leader];
     until("the leader is without power", || !victim.state.has_trap()).await;
     writer.remove(victim.broker.node);
@@ -163,7 +164,7 @@ async fn the_membership_changes_while_leaders_die_and_are_cut_off_and_nothing_ac
     writer.remove(hosts[leader].broker.node);
     links.part(&side, true);
     let asked = &hosts[(leader + 1) % 4].broker;
-    asked.cluster.promote(hosts[4].broker.node).await.unwrap();
+    asked.cluster.promote(&asked.owner(), hosts[4].broker.node).await.unwrap();
     assert_ne!(voters(&hosts[leader]), 5, "it is cut off");
     links.part(&side, false);
     writer.add(&hosts[leader].broker);
@@ -184,7 +185,7 @@ async fn the_membership_changes_while_leaders_die_and_are_cut_off_and_nothing_ac
     dead.broker.cluster.stop().await;
     let new = Host::new(&setup, &links, &hosts).await;
     crash::join(&hosts[0].broker, &new.broker).await;
-    hosts[0].broker.cluster.promote(new.broker.node).await.unwrap();
+    hosts[0].broker.cluster.promote(&hosts[0].broker.owner(), new.broker.node).await.unwrap();
     hosts[0].broker.remove(dead.broker.node).await;
     hosts.push(new);
     all_know(&hosts, 4).await;
@@ -193,7 +194,7 @@ async fn the_membership_changes_while_leaders_die_and_are_cut_off_and_nothing_ac
     let last = hosts.remove(0);
     writer.remove(last.broker.node);
     if last.broker.cluster.leads() {
-        last.broker.cluster.transfer_leader(None).await.unwrap();
+        last.broker.cluster.hand_over(None).await.unwrap();
     }
     let node = last.broker.node;
     until("another leads", || hosts[0].broker.cluster.status().leader.is_some_and(|leader| leader != node)).await;

@@ -1,10 +1,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use selvedge_cluster::How;
+use selvedge_cluster::{Error, How, Mode};
+use selvedge_domain::Id;
 use tokio_util::sync::CancellationToken;
 
 use crate::brokers::{Counting, PATIENCE, Setup, leader_of, until};
+use crate::crash;
 use crate::links::Links;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -161,4 +163,43 @@ async fn a_leader_behind_links_that_swallow_everything_is_deposed_and_comes_back
     until("it has caught up", || alone.has_token("elsewhere")).await;
     until("it holds a lease again", || alone.cluster.lease().open()).await;
     alone.create_token("back").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_has_seen_a_position_reads_nothing_older_from_a_broker_that_is_cut_off() {
+    let mut setup = Setup::new();
+    let links = Links::default();
+    setup.links = Some(links.clone());
+    let hosts = crash::three(&setup, &links).await;
+    until("all hold a lease", || hosts.iter().all(|host| host.broker.cluster.lease().open())).await;
+    let leader = crash::leader_of(&hosts).await;
+    let (behind, here) = ((leader + 1) % 3, &hosts[leader].broker.cluster);
+    let (cut, node) = (&hosts[behind].broker.cluster, hosts[behind].broker.node);
+    hosts[leader].broker.create_token("before").await.unwrap();
+    let before = here.state().position();
+    links.cut(behind, node, true);
+    hosts[leader].broker.create_token("after").await.unwrap();
+    let seen = here.state().position();
+
+    let soon = Duration::from_millis(300);
+    let old = cut.read(Mode::Local, None, PATIENCE).await.unwrap();
+    assert!(old.state.position() < seen, "what it has, it answers");
+    let age_ms = old.age_ms.expect("it has asked before");
+    let stale = cut.read(Mode::Local, Some(seen), soon).await.err().expect("what was seen is not here");
+    assert!(matches!(stale, Error::Behind { seen: at, .. } if at == seen), "{stale}");
+    assert!(cut.read(Mode::Linearizable, None, soon).await.is_err(), "nobody says what is newest");
+    let older = cut.read(Mode::Local, Some(before), soon).await.unwrap();
+    assert!(older.state.position() >= before && older.age_ms.unwrap() >= age_ms + 300, "and it gets older");
+    let other = here.read(Mode::Linearizable, Some(seen), PATIENCE).await.unwrap();
+    assert!(other.state.position() >= seen);
+
+    let waiting = tokio::spawn({
+        let cut = cut.clone();
+        async move { cut.read(Mode::Local, Some(seen), PATIENCE).await.map(|read| read.state) }
+    });
+    links.cut(behind, node, false);
+    let state = waiting.await.unwrap().unwrap();
+    assert!(crate::brokers::has_token(&state, "after"), "it waits until it has it");
+    let reset = cut.read(Mode::Local, Some(Id::new(0, 9)), PATIENCE).await.err().expect("that epoch is over");
+    assert!(matches!(reset, Error::Reset { .. }), "{reset}");
 }

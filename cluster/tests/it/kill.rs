@@ -211,7 +211,7 @@ async fn start(dir: &Path) -> Vec<Cluster> {
             first.enrol(next).await;
             next.cluster.join(std::slice::from_ref(&first.address), &next.address).await.unwrap();
             next.register().await;
-            first.cluster.promote(next.node).await.unwrap();
+            first.cluster.promote(&first.owner(), next.node).await.unwrap();
         }
         std::fs::write(made, "").unwrap();
     }

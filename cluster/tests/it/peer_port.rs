@@ -8,9 +8,11 @@ use std::time::Duration;
 use futures::StreamExt as _;
 use hyper_util::rt::TokioIo;
 use selvedge_cluster::MESSAGE_BYTES_MAX;
-use selvedge_domain::{Actor, Body, Command};
+use selvedge_domain::{Actor, Body, Command, RejectedCode};
 use selvedge_proto::identity::Role;
 use selvedge_proto::peer as wire;
+use selvedge_proto::peer::change_reply::Result as Reply;
+use selvedge_proto::peer::change_request::Change;
 use selvedge_proto::peer::peer_client::PeerClient;
 use selvedge_proto::peer::raft_client::RaftClient;
 use selvedge_proto::tls::{self, Identity, NotBefore};
@@ -22,7 +24,7 @@ use tonic::metadata::MetadataValue;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request};
 
-use crate::brokers::{Authority, Broker, CLUSTER_ID, Setup, TRUST_DOMAIN, leader_of, until};
+use crate::brokers::{Authority, Broker, CLUSTER_ID, OWNER, PATIENCE, Setup, TRUST_DOMAIN, leader_of, until};
 use crate::crash;
 use crate::links::Links;
 
@@ -72,6 +74,21 @@ impl Stranger {
     async fn greet(&self) {
         self.raft().greet(self.request(wire::GreetRequest::default())).await.unwrap();
     }
+
+    /// Says that a broker has forgotten a vote and an entry, and that it has both itself.
+    async fn claim(&self, term: u64, index: u64) -> Result<(), tonic::Status> {
+        let vote = Some(wire::Vote { term, node: self.node, committed: false });
+        let last = Some(wire::LogId { term, node: self.node, index });
+        let greeting = wire::GreetRequest {
+            own: Some(wire::Standing { vote, last, suspect: false }),
+            of_you: Some(wire::Memory { vote, acked: last }),
+        };
+        self.raft().greet(self.request(greeting)).await.map(drop)
+    }
+}
+
+fn change(change: Change, credential: &str) -> wire::ChangeRequest {
+    wire::ChangeRequest { change: Some(change), credential: credential.to_owned() }
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -163,6 +180,85 @@ async fn a_broker_that_was_removed_is_answered_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_membership_is_changed_by_an_owners_credential_and_by_no_brokers_certificate() {
+    let setup = Setup::new();
+    let brokers = setup.voters(3).await;
+    let learner = setup.start(TempDir::new().unwrap()).await;
+    brokers[0].enrol(&learner).await;
+    learner.cluster.join(std::slice::from_ref(&brokers[0].address), &learner.address).await.unwrap();
+    learner.register().await;
+    brokers[0].create_token("auditor").await.unwrap();
+    let leader = leader_of(&brokers).await;
+    let (taken, other) = (&brokers[(leader + 1) % 3], &brokers[(leader + 2) % 3]);
+    let members = || brokers[leader].cluster.status().members.iter().map(|at| (at.node, at.voter)).collect::<Vec<_>>();
+    let before = members();
+    let caller = Stranger::new(&brokers[leader], &setup.authority, &setup.authority.broker(taken.node), taken.node);
+    let mut peer = PeerClient::new(caller.channel.clone());
+    for wanted in [
+        Change::Promote(learner.node),
+        Change::Remove(other.node),
+        Change::TransferLeader(taken.node),
+        Change::TransferLeader(0),
+    ] {
+        for (credential, code) in [
+            ("", RejectedCode::Forbidden),
+            ("a guess", RejectedCode::Unauthenticated),
+            ("auditor", RejectedCode::Forbidden),
+        ] {
+            let reply = peer.change(caller.request(change(wanted.clone(), credential))).await.unwrap().into_inner();
+            let Some(Reply::Refused(refused)) = reply.result else { panic!("{wanted:?} by `{credential}`: {reply:?}") };
+            assert_eq!(refused.code, code as i32, "{wanted:?} by `{credential}`: {}", refused.message);
+        }
+    }
+    assert_eq!((members(), leader_of(&brokers).await), (before, leader));
+    // The same calls do it with an owner's.
+    let reply = peer.change(caller.request(change(Change::Promote(learner.node), OWNER))).await.unwrap().into_inner();
+    assert!(matches!(reply.result, Some(Reply::Done(_))), "{reply:?}");
+    let moved = peer.change(caller.request(change(Change::TransferLeader(taken.node), OWNER))).await;
+    assert!(matches!(moved.unwrap().into_inner().result, Some(Reply::Done(_))));
+    until("it leads", || taken.cluster.leads()).await;
+    assert_eq!(voters(taken), 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_single_broker_stops_others_by_saying_that_they_have_forgotten() {
+    let setup = Setup::new();
+    let brokers = setup.voters(3).await;
+    let leader = leader_of(&brokers).await;
+    let taken = &brokers[(leader + 1) % 3];
+    for to in brokers.iter().filter(|broker| broker.node != taken.node) {
+        // One that is no member, and a voter of what it cannot know.
+        let stranger = Stranger::new(to, &setup.authority, &setup.authority.broker(77), 77);
+        stranger.claim(1_000, 1_000_000).await.unwrap();
+        let voter = Stranger::new(to, &setup.authority, &setup.authority.broker(taken.node), taken.node);
+        refusal(voter.claim(1_000, 1_000_000).await, Code::FailedPrecondition, "SE0113");
+    }
+    goes_on(&brokers, "meanwhile").await;
+    // With nobody left who says otherwise, they find out by themselves that there is nothing in it.
+    taken.cluster.stop().await;
+    for to in brokers.iter().filter(|broker| broker.node != taken.node) {
+        let voter = Stranger::new(to, &setup.authority, &setup.authority.broker(taken.node), taken.node);
+        let begun = std::time::Instant::now();
+        while let Err(status) = voter.claim(1_000, 1_000_000).await {
+            assert!(begun.elapsed() < PATIENCE, "{status}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+    let left: Vec<&Broker> = brokers.iter().filter(|broker| broker.node != taken.node).collect();
+    let other = left.iter().position(|broker| !broker.cluster.leads()).unwrap_or(0);
+    let to = left[other].node;
+    // And elect each other again.
+    left[1 - other].cluster.hand_over(Some(to)).await.unwrap();
+    until("the other leads", || left[other].cluster.leads()).await;
+    left[other].create_token("after").await.unwrap();
+    until("both have it", || left.iter().all(|broker| broker.has_token("after"))).await;
+}
+
+fn voters(broker: &Broker) -> usize {
+    broker.cluster.status().members.iter().filter(|member| member.voter).count()
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn rafts_calls_are_the_callers_own_of_its_term_and_bounded() {
     let setup = Setup::new();
     let brokers = setup.voters(3).await;
@@ -225,7 +321,7 @@ async fn before_there_is_a_cluster_every_call_is_answered_with_nothing() {
     peer.propose(caller.request(wire::ProposeRequest::default())).await.unwrap_err();
     let read = peer.read_index(caller.request(wire::ReadIndexRequest { for_lease: true })).await.unwrap().into_inner();
     assert!(!matches!(read.result, Some(wire::read_index_reply::Result::Index(_))), "{read:?}");
-    let remove = wire::ChangeRequest { change: Some(wire::change_request::Change::Remove(empty.node)) };
+    let remove = change(Change::Remove(empty.node), "");
     let changed = peer.change(caller.request(remove)).await.unwrap().into_inner();
     assert!(!matches!(changed.result, Some(wire::change_reply::Result::Done(_))), "{changed:?}");
     assert!(!empty.cluster.lease().open());

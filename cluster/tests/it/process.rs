@@ -416,7 +416,8 @@ async fn obey(cluster: &Cluster, setup: &Setup, what: &str) -> Result<String, St
             joined.map(|()| String::new()).map_err(|error| error.to_string())
         }
         ["promote", node] => {
-            let promoted = cluster.promote(node.parse().unwrap()).await;
+            let owner = owner_of(&cluster.state()).ok_or("there is no owner")?;
+            let promoted = cluster.promote(&owner, node.parse().unwrap()).await;
             promoted.map(|()| String::new()).map_err(|error| error.to_string())
         }
         ["raise", version] => propose(Body::RaiseMinVersion { version: version.parse().unwrap() }).await,

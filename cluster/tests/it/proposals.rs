@@ -83,7 +83,7 @@ async fn many_writers_over_a_leader_change_apply_each_command_once() {
         }
     }
     tokio::time::sleep(Duration::from_millis(100)).await;
-    brokers[leader].cluster.transfer_leader(None).await.unwrap();
+    brokers[leader].cluster.hand_over(None).await.unwrap();
     let mut made = Vec::new();
     for writer in writers {
         // A command that was applied twice would be answered by a conflict.

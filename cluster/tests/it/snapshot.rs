@@ -75,7 +75,7 @@ pub async fn unite(setup: &Setup, brokers: &[Broker]) {
         first.enrol(next).await;
         next.cluster.join(std::slice::from_ref(&first.address), &next.address).await.unwrap();
         next.register().await;
-        first.cluster.promote(next.node).await.unwrap();
+        first.cluster.promote(&first.owner(), next.node).await.unwrap();
     }
 }
 

@@ -99,7 +99,7 @@ async fn events_are_gap_free_over_a_leader_change_and_end_in_a_bookmark_of_state
         if n == 4 {
             // Half of it is followed before, the rest after.
             follower.follow(&watcher.cluster, writer.cluster.state().position()).await;
-            brokers[leader].cluster.transfer_leader(None).await.unwrap();
+            brokers[leader].cluster.hand_over(None).await.unwrap();
         }
     }
     let end = writer.cluster.state().position();

@@ -264,18 +264,8 @@ impl Draft {
         self.changes.rows.push(change);
     }
 
-    /// The actor is an administrator with at least this role.
     fn need_role(&self, role: AdminRole) -> Result<(), Rejected> {
-        if self.actor.kind != ActorKind::Token {
-            return Err(forbidden());
-        }
-        let token = self
-            .actor
-            .id
-            .and_then(|id| self.state.by_id::<rows::Token>(id))
-            .filter(|token| !token.revoked && token.generation == self.actor.generation)
-            .ok_or_else(|| Rejected::new(RejectedCode::Unauthenticated, "the token is not valid any more"))?;
-        if token.role() >= role { Ok(()) } else { Err(forbidden()) }
+        self.state.need_role(&self.actor, role)
     }
 
     /// The actor is the directory that owns this object, with its present token.
@@ -304,6 +294,21 @@ impl Draft {
             .row::<rows::Broker>(&self.proposer.to_be_bytes())
             .is_some_and(|broker| !broker.removed && broker.roles.contains(&(role as i32)));
         if has { Ok(()) } else { Err(forbidden()) }
+    }
+}
+
+impl State {
+    /// Whether an actor is an administrator with at least this role.
+    ///
+    /// **Errors**: why not.
+    pub fn need_role(&self, actor: &Actor, role: AdminRole) -> Result<(), Rejected> {
+        if actor.kind != ActorKind::Token {
+            return Err(forbidden());
+        }
+        let token = actor.id.and_then(|id| self.by_id::<rows::Token>(id));
+        let token = token.filter(|token| !token.revoked && token.generation == actor.generation);
+        let gone = || Rejected::new(RejectedCode::Unauthenticated, "the token is not valid any more");
+        if token.ok_or_else(gone)?.role() >= role { Ok(()) } else { Err(forbidden()) }
     }
 }
 

@@ -286,7 +286,7 @@ impl Client {
 
     /// A linearizable read of a user at one broker; answers the user's attributes.
     pub async fn read(&self, endpoint: usize, user: Id) -> anyhow::Result<User> {
-        let request = wire::ReadRequest { table: Table::User as u32, key: user.key().to_vec() };
+        let request = wire::ReadRequest { table: Table::User as u32, key: user.key().to_vec(), ..Default::default() };
         let reply: wire::ReadReply =
             self.endpoints[endpoint % BROKERS].call("/selvedge.peer.v1.Peer/Read", &request).await?;
         let row = reply.row.context("the user is not there")?;

@@ -15,6 +15,7 @@ use super::{id_of, no_randomness};
 use crate::web::auth::{Caller, role_name};
 use crate::web::change::{ChangedInfo, Wanted};
 use crate::web::input::Input;
+use crate::web::read::Seen;
 use crate::web::{Context, DIRECTORY_PREFIX, Problem, TOKEN_PREFIX, new_secret, sha256};
 
 /// What an administrator may do.
@@ -76,14 +77,14 @@ pub(super) struct TokenList {
 
 /// All administrators' tokens, without secrets.
 #[utoipa::path(get, path = "/api/v1/tokens", tag = "access", responses((status = 200, body = TokenList)))]
-pub(super) async fn list_tokens(State(context): State<Arc<Context>>) -> Json<TokenList> {
+pub(super) async fn list_tokens(Seen(state): Seen) -> Json<TokenList> {
     let view = |token: Token| TokenView {
         id: token.id().to_string(),
         role: role_name(token.role()),
         revoked: token.revoked,
         name: token.name,
     };
-    Json(TokenList { tokens: context.cluster.state().rows::<Token>().map(view).collect() })
+    Json(TokenList { tokens: state.rows::<Token>().map(view).collect() })
 }
 
 /// Makes an administrator's token.
@@ -151,8 +152,7 @@ pub(super) struct DirectoryList {
 
 /// All directories.
 #[utoipa::path(get, path = "/api/v1/directories", tag = "access", responses((status = 200, body = DirectoryList)))]
-pub(super) async fn list_directories(State(context): State<Arc<Context>>) -> Json<DirectoryList> {
-    let state = context.cluster.state();
+pub(super) async fn list_directories(Seen(state): Seen) -> Json<DirectoryList> {
     let view = |directory: Directory| DirectoryView {
         id: directory.id().to_string(),
         generation: directory.generation,

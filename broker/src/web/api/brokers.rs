@@ -17,6 +17,7 @@ use super::node_of;
 use crate::web::auth::Caller;
 use crate::web::change::{ChangedInfo, Wanted};
 use crate::web::input::Input;
+use crate::web::read::Seen;
 use crate::web::{Context, Problem};
 
 /// A leader that is to be removed has so long to hand over.
@@ -125,8 +126,8 @@ pub(super) struct BrokerView {
 
 /// Members, roles, leader, lag.
 #[utoipa::path(get, path = "/api/v1/cluster", tag = "cluster", responses((status = 200, body = ClusterView)))]
-pub(super) async fn show(State(context): State<Arc<Context>>) -> Json<ClusterView> {
-    let (status, state) = (context.cluster.status(), context.cluster.state());
+pub(super) async fn show(State(context): State<Arc<Context>>, Seen(state): Seen) -> Json<ClusterView> {
+    let status = context.cluster.status();
     let cluster = state.cluster().unwrap_or_default();
     let newest = status.members.iter().filter_map(|member| member.version).max();
     let version_next = newest.filter(|newest| *newest > cluster.version);
@@ -295,8 +296,8 @@ pub(super) async fn promote(
         };
         context.change(&caller, &wanted, "broker.role", &format!("broker/{node}"), Body::PutBroker(put)).await?;
     }
-    let result = context.cluster.promote(number).await;
-    membership_record(&context, &caller, "broker.promote", &node, result.is_ok()).await;
+    let result = context.cluster.promote(&caller.asker(), number).await.map_err(Problem::from);
+    membership_record(&context, &caller, "broker.promote", &node, &result).await;
     result?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
@@ -320,24 +321,24 @@ pub(super) async fn remove(
         return Err(Problem::conflict("the last voter cannot be removed"));
     }
     if context.cluster.status().leader == Some(number) {
-        let result = hand_over_from(&context, number).await;
-        membership_record(&context, &caller, "cluster.transfer", &node, result.is_ok()).await;
+        let result = hand_over_from(&context, &caller, number).await;
+        membership_record(&context, &caller, "cluster.transfer", &node, &result).await;
         result?;
     }
     let body = Body::RemoveBroker { node: number };
     let changed = context.change(&caller, &wanted, "broker.remove", &format!("broker/{node}"), body).await?;
     // From here on the others take no call of a broker that removed itself; whoever leads lets go of it.
     if number != context.cluster.node() {
-        let result = context.cluster.remove(number).await;
-        membership_record(&context, &caller, "broker.leave", &node, result.is_ok()).await;
+        let result = context.cluster.remove(&caller.asker(), number).await.map_err(Problem::from);
+        membership_record(&context, &caller, "broker.leave", &node, &result).await;
         result?;
     }
     Ok(changed.answer(StatusCode::OK, changed.info(&context)))
 }
 
 /// Hands leadership over to whoever is best, and waits until somebody else leads.
-async fn hand_over_from(context: &Context, leader: u64) -> Result<(), Problem> {
-    context.cluster.transfer_leader(None).await?;
+async fn hand_over_from(context: &Context, caller: &Caller, leader: u64) -> Result<(), Problem> {
+    context.cluster.transfer_leader(&caller.asker(), None).await?;
     let deadline = tokio::time::Instant::now() + HAND_OVER_WAIT;
     while context.cluster.status().leader.is_none_or(|now| now == leader) {
         if tokio::time::Instant::now() >= deadline {
@@ -366,21 +367,21 @@ pub(super) async fn transfer(
     Input(transfer): Input<Transfer>,
 ) -> Result<Response, Problem> {
     let to = transfer.to.as_deref().map(node_of).transpose()?;
-    let result = context.cluster.transfer_leader(to).await;
+    let result = context.cluster.transfer_leader(&caller.asker(), to).await.map_err(Problem::from);
     let target = transfer.to.unwrap_or_default();
-    membership_record(&context, &caller, "cluster.transfer", &target, result.is_ok()).await;
+    membership_record(&context, &caller, "cluster.transfer", &target, &result).await;
     result?;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
 
 /// Membership is Raft's own and no command of the log, so its record is written here.
-async fn membership_record(context: &Context, caller: &Caller, action: &str, node: &str, done: bool) {
+async fn membership_record(context: &Context, caller: &Caller, action: &str, node: &str, result: &Result<(), Problem>) {
     let record = crate::audit::AdminChange {
         actor: caller.label(),
         actor_name: caller.name.clone(),
         action: action.to_owned(),
         target: format!("broker/{node}"),
-        outcome: if done { "done" } else { "failed" }.to_owned(),
+        outcome: result.as_ref().map_or_else(|problem| problem.code, |()| "done").to_owned(),
         position: None,
         source: caller.source.to_string(),
     };

@@ -17,6 +17,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::super::auth::Caller;
 use crate::web::change::{ChangedInfo, Wanted};
 use crate::web::input::{Input, Params};
+use crate::web::read::Seen;
 use crate::web::{Context, Problem};
 
 /// Which objects.
@@ -44,8 +45,7 @@ pub(super) struct ObjectList {
 /// The configuration, as people write it.
 #[utoipa::path(get, path = "/api/v1/objects", tag = "configuration", params(Which),
     responses((status = 200, body = ObjectList)))]
-pub(super) async fn list(State(context): State<Arc<Context>>, Params(which): Params<Which>) -> Json<ObjectList> {
-    let state = context.cluster.state();
+pub(super) async fn list(Seen(state): Seen, Params(which): Params<Which>) -> Json<ObjectList> {
     let mut objects = all(&state);
     objects.retain(|object| {
         let key = object.key();

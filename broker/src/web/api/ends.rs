@@ -16,6 +16,7 @@ use utoipa::ToSchema;
 use crate::web::auth::Caller;
 use crate::web::change::{ChangedInfo, Wanted};
 use crate::web::input::Input;
+use crate::web::read::Seen;
 use crate::web::{Context, Problem};
 
 /// A device.
@@ -42,8 +43,7 @@ pub(super) struct DeviceList {
 
 /// All devices.
 #[utoipa::path(get, path = "/api/v1/devices", tag = "identity", responses((status = 200, body = DeviceList)))]
-pub(super) async fn devices(State(context): State<Arc<Context>>) -> Json<DeviceList> {
-    let state = context.cluster.state();
+pub(super) async fn devices(Seen(state): Seen) -> Json<DeviceList> {
     let view = |device: Device| DeviceView {
         id: device.id().to_string(),
         user: device.user.and_then(|id| state.by_id::<User>(id)).map(|user| user.user_name).unwrap_or_default(),
@@ -76,14 +76,14 @@ pub(super) struct WorkloadList {
 
 /// All workloads.
 #[utoipa::path(get, path = "/api/v1/workloads", tag = "identity", responses((status = 200, body = WorkloadList)))]
-pub(super) async fn workloads(State(context): State<Arc<Context>>) -> Json<WorkloadList> {
+pub(super) async fn workloads(Seen(state): Seen) -> Json<WorkloadList> {
     let view = |row: Workload| WorkloadView {
         id: row.id().to_string(),
         instances: row.keys_sha256.len(),
         revoked: row.revoked,
         name: row.name,
     };
-    Json(WorkloadList { workloads: context.cluster.state().rows::<Workload>().map(view).collect() })
+    Json(WorkloadList { workloads: state.rows::<Workload>().map(view).collect() })
 }
 
 /// A connector.
@@ -129,8 +129,7 @@ pub(super) struct ConnectorList {
 
 /// All connectors and their availability.
 #[utoipa::path(get, path = "/api/v1/connectors", tag = "identity", responses((status = 200, body = ConnectorList)))]
-pub(super) async fn connectors(State(context): State<Arc<Context>>) -> Json<ConnectorList> {
-    let state = context.cluster.state();
+pub(super) async fn connectors(Seen(state): Seen) -> Json<ConnectorList> {
     let view = |row: Connector| {
         let prefix = row.id().key();
         let seen: Vec<_> = state.rows_under::<Availability>(&prefix).map(|row| seen(&state, row)).collect();

@@ -21,6 +21,7 @@ use utoipa::IntoParams;
 use super::event_json;
 use crate::web::auth::Caller;
 use crate::web::input::Params;
+use crate::web::read::Seen;
 use crate::web::{Context, Problem};
 
 /// Lines that wait for a slow reader.
@@ -49,10 +50,10 @@ pub(super) struct Watch {
         (status = 410, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn watch(
     State(context): State<Arc<Context>>,
+    Seen(state): Seen,
     caller: Caller,
     Params(watch): Params<Watch>,
 ) -> Result<Response, Problem> {
-    let state = context.cluster.state();
     let position = state.position();
     let from = match watch.from.as_deref() {
         None => Id::new(position.epoch, state.meta().journal_compacted + 1),

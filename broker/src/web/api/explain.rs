@@ -18,6 +18,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::audit;
 use crate::edge::SessionInfo;
 use crate::web::input::Params;
+use crate::web::read::Seen;
 use crate::web::{Context, Problem};
 
 /// Characters of a denial's id.
@@ -56,6 +57,7 @@ pub(super) struct Explained {
     responses((status = 200, body = Explained), (status = 404, body = Problem), (status = 422, body = Problem)))]
 pub(super) async fn explain(
     State(context): State<Arc<Context>>,
+    Seen(state): Seen,
     Params(asked): Params<Asked>,
 ) -> Result<Json<Explained>, Problem> {
     let (asked, recorded) = match asked.denial {
@@ -65,7 +67,6 @@ pub(super) async fn explain(
             (asked, Some(record))
         }
     };
-    let state = context.cluster.state();
     let (principal, endpoint) = (principal(&state, &asked)?, endpoint(&asked)?);
     let circumstances = circumstances(&context, &state);
     let decider = context.decider.clone();
@@ -137,13 +138,13 @@ pub(super) struct CandidateView {
     responses((status = 200, body = PathView), (status = 404, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn path(
     State(context): State<Arc<Context>>,
+    Seen(state): Seen,
     Params(asked): Params<Asked>,
 ) -> Result<Json<PathView>, Problem> {
     let routing = context
         .routing
         .as_ref()
         .ok_or_else(|| Problem::unavailable("no_edge", "this broker has no edge; ask another"))?;
-    let state = context.cluster.state();
     let (principal, endpoint) = (principal(&state, &asked)?, endpoint(&asked)?);
     let verdict = context.decider.decide(&state, principal, &endpoint, &circumstances(&context, &state));
     // Paths are shown for a denied request too: the segment that the host has, if any.

@@ -17,6 +17,7 @@ use super::{id_of, no_randomness};
 use crate::web::auth::Caller;
 use crate::web::change::{ChangedInfo, Wanted};
 use crate::web::input::Input;
+use crate::web::read::Seen;
 use crate::web::{Context, EnrolSecret, Problem, sha256};
 
 /// What an enrolment secret makes.
@@ -126,8 +127,7 @@ pub(super) struct KeyList {
 
 /// All enrolment secrets, without the secrets.
 #[utoipa::path(get, path = "/api/v1/keys", tag = "enrolment", responses((status = 200, body = KeyList)))]
-pub(super) async fn list(State(context): State<Arc<Context>>) -> Json<KeyList> {
-    let state = context.cluster.state();
+pub(super) async fn list(Seen(state): Seen) -> Json<KeyList> {
     let view = |key: EnrolKey| KeyView {
         id: key.id().to_string(),
         kind: kind_name(key.kind()),

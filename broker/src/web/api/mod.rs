@@ -13,6 +13,7 @@ mod people;
 
 use std::sync::Arc;
 
+use selvedge_cluster::Mode;
 use selvedge_domain::Id;
 use selvedge_domain::rows::AdminRole;
 use utoipa::openapi::RefOr;
@@ -39,8 +40,8 @@ pub(super) struct Described {
 pub(super) fn routes() -> Vec<Described> {
     use AdminRole::{Admin, Auditor, Owner};
     vec![
-        entry(Auditor, routes!(openapi)),
-        cut_off(entry(Auditor, routes!(brokers::show))),
+        local(entry(Auditor, routes!(openapi))),
+        cut_off(local(entry(Auditor, routes!(brokers::show)))),
         entry(Owner, routes!(brokers::settings)),
         entry(Owner, routes!(brokers::raise_version)),
         entry(Admin, routes!(brokers::drain)),
@@ -64,17 +65,28 @@ pub(super) fn routes() -> Vec<Described> {
         entry(Auditor, routes!(ends::connectors)),
         entry(Admin, routes!(ends::revoke)),
         entry(Auditor, routes!(explain::explain)),
-        entry(Auditor, routes!(explain::path)),
-        entry(Auditor, routes!(explain::sessions)),
-        entry(Auditor, routes!(audit::tail)),
-        entry(Auditor, routes!(audit::streams)),
-        entry(Auditor, routes!(events::watch)),
+        local(entry(Auditor, routes!(explain::path))),
+        local(entry(Auditor, routes!(explain::sessions))),
+        local(entry(Auditor, routes!(audit::tail))),
+        local(entry(Auditor, routes!(audit::streams))),
+        local(entry(Auditor, routes!(events::watch))),
     ]
 }
 
+/// A route that needs a role, and reads what was committed before it was asked.
 fn entry(role: AdminRole, (schemas, paths, handlers): UtoipaMethodRouter<Arc<Context>>) -> Described {
     let path = paths.paths.keys().next().cloned().unwrap_or_default();
-    Described { route: Route { path, need: Need::Role(role), handlers }, schemas, paths }
+    Described {
+        route: Route { path, need: Need::Role(role), read: Some(Mode::Linearizable), handlers },
+        schemas,
+        paths,
+    }
+}
+
+/// The same, about the answering broker itself: it reads what that has.
+fn local(mut described: Described) -> Described {
+    described.route.read = Some(Mode::Local);
+    described
 }
 
 /// The same, also on a broker that has lost touch with the cluster.

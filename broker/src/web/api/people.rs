@@ -1,16 +1,13 @@
 //! Users and groups, as their directories pushed them. They are changed by SCIM only.
 
-use std::sync::Arc;
-
 use axum::Json;
-use axum::extract::State;
 use selvedge_domain::rows::{Directory, Group, Members, User};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::ROWS_MAX;
-use crate::web::Context;
 use crate::web::input::Params;
+use crate::web::read::Seen;
 
 /// Which rows.
 #[derive(Deserialize, IntoParams)]
@@ -66,8 +63,7 @@ pub(super) struct UserList {
 
 /// People and their groups.
 #[utoipa::path(get, path = "/api/v1/users", tag = "identity", params(Which), responses((status = 200, body = UserList)))]
-pub(super) async fn users(State(context): State<Arc<Context>>, Params(which): Params<Which>) -> Json<UserList> {
-    let state = context.cluster.state();
+pub(super) async fn users(Seen(state): Seen, Params(which): Params<Which>) -> Json<UserList> {
     let view = |user: User| UserView {
         id: user.id().to_string(),
         directory: directory_name(&state, user.directory),
@@ -107,8 +103,7 @@ pub(super) struct GroupList {
 
 /// Groups of people.
 #[utoipa::path(get, path = "/api/v1/groups", tag = "identity", params(Which), responses((status = 200, body = GroupList)))]
-pub(super) async fn groups(State(context): State<Arc<Context>>, Params(which): Params<Which>) -> Json<GroupList> {
-    let state = context.cluster.state();
+pub(super) async fn groups(Seen(state): Seen, Params(which): Params<Which>) -> Json<GroupList> {
     let view = |group: Group| GroupView {
         id: group.id().to_string(),
         directory: directory_name(&state, group.directory),

@@ -13,12 +13,12 @@ mod patch;
 mod resource;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get};
+use selvedge_cluster::Mode;
 use selvedge_domain::command::{Body, ChangeGroup, GroupFields};
 use selvedge_domain::rows::{Group, User};
 use selvedge_domain::state::IndexKey;
@@ -29,6 +29,7 @@ use serde_json::{Value, json};
 use super::auth::{Caller, Need};
 use super::change::{Changed, Wanted};
 use super::input::{Params, Whole, json as read_json};
+use super::read::{READ_WAIT, Seen};
 use super::router::Route;
 use super::{Context, Problem};
 use attributes::Resource;
@@ -42,24 +43,26 @@ pub(super) const BASE: &str = "/scim/v2";
 pub(super) const COUNT_MAX: usize = 200;
 /// A PATCH that meets other changes is done again so often.
 const ATTEMPTS_MAX: usize = 16;
-const READ_WAIT: Duration = Duration::from_secs(3);
 
 pub(super) fn routes() -> Vec<Route> {
-    let route = |path: &str, handlers: MethodRouter<Arc<Context>>| Route {
+    let route = |path: &str, read, handlers: MethodRouter<Arc<Context>>| Route {
         path: format!("{BASE}/{path}"),
         need: Need::Directory,
+        read,
         handlers,
     };
+    let fixed = |path, handlers| route(path, None, handlers);
+    let rows = |path, handlers| route(path, Some(Mode::Linearizable), handlers);
     vec![
-        route("ServiceProviderConfig", get(service_provider_config)),
-        route("ResourceTypes", get(resource_types)),
-        route("ResourceTypes/{id}", get(resource_type)),
-        route("Schemas", get(schemas)),
-        route("Schemas/{id}", get(schema)),
-        route("Users", get(list_users).post(create_user)),
-        route("Users/{id}", get(read_user).put(replace_user).patch(patch_user).delete(delete_user)),
-        route("Groups", get(list_groups).post(create_group)),
-        route("Groups/{id}", get(read_group).put(replace_group).patch(patch_group).delete(delete_group)),
+        fixed("ServiceProviderConfig", get(service_provider_config)),
+        fixed("ResourceTypes", get(resource_types)),
+        fixed("ResourceTypes/{id}", get(resource_type)),
+        fixed("Schemas", get(schemas)),
+        fixed("Schemas/{id}", get(schema)),
+        rows("Users", get(list_users).post(create_user)),
+        rows("Users/{id}", get(read_user).put(replace_user).patch(patch_user).delete(delete_user)),
+        rows("Groups", get(list_groups).post(create_group)),
+        rows("Groups/{id}", get(read_group).put(replace_group).patch(patch_group).delete(delete_group)),
     ]
 }
 
@@ -167,14 +170,14 @@ impl Asked {
         (group.directory == Some(self.directory)).then_some(group)
     }
 
-    fn answer_user(&self, context: &Context, status: StatusCode, user: &User) -> Response {
-        let body = resource::user_json(&context.cluster.state(), user, &self.base);
+    fn answer_user(&self, state: &Applied, status: StatusCode, user: &User) -> Response {
+        let body = resource::user_json(state, user, &self.base);
         self.answer(status, body, Resource::User, user.version)
     }
 
-    fn answer_group(&self, context: &Context, status: StatusCode, group: &Group) -> Response {
+    fn answer_group(&self, state: &Applied, status: StatusCode, group: &Group) -> Response {
         let with_members = self.projection.takes("members");
-        let body = resource::group_json(&context.cluster.state(), group, &self.base, with_members);
+        let body = resource::group_json(state, group, &self.base, with_members);
         self.answer(status, body, Resource::Group, group.version)
     }
 
@@ -221,7 +224,7 @@ async fn schema(Path(id): Path<String>, asked: Asked) -> Answer {
     Ok(scim_json(StatusCode::OK, &found.ok_or_else(|| Error::not_found("schema", &id))?))
 }
 
-/// A state that holds everything that was answered before, by any broker.
+/// What a change begins from: a state that holds everything that was answered before, by any broker.
 async fn read(context: &Context) -> Result<Arc<Applied>, Error> {
     Ok(context.cluster.linearizable(READ_WAIT).await.map_err(Problem::from)?)
 }
@@ -232,16 +235,15 @@ async fn create_user(State(context): State<Arc<Context>>, asked: Asked, whole: S
     let changed = context.change(&asked.caller, &asked.wanted, "user.create", &name, Body::CreateUser(fields)).await?;
     let id = changed.done.ids.first().copied().unwrap_or_default();
     let user = context.cluster.state().by_id::<User>(id).ok_or_else(|| Error::not_found("user", &id.to_string()))?;
-    Ok(marked(asked.answer_user(&context, StatusCode::CREATED, &user), &changed))
+    Ok(marked(asked.answer_user(&context.cluster.state(), StatusCode::CREATED, &user), &changed))
 }
 
-async fn read_user(State(context): State<Arc<Context>>, Path(id): Path<String>, asked: Asked) -> Answer {
-    let state = read(&context).await?;
+async fn read_user(Seen(state): Seen, Path(id): Path<String>, asked: Asked) -> Answer {
     let user = asked.user(&state, &id).ok_or_else(|| Error::not_found("user", &id))?;
     if asked.is_unchanged(user.version) {
         return Ok(StatusCode::NOT_MODIFIED.into_response());
     }
-    Ok(asked.answer_user(&context, StatusCode::OK, &user))
+    Ok(asked.answer_user(&state, StatusCode::OK, &user))
 }
 
 async fn replace_user(
@@ -292,7 +294,7 @@ async fn change_user(
         match context.change(&asked.caller, &wanted, action, &format!("user/{id}"), body).await {
             Ok(changed) => {
                 let user = asked.user(&context.cluster.state(), id).ok_or_else(|| Error::not_found("user", id))?;
-                return Ok(marked(asked.answer_user(context, StatusCode::OK, &user), &changed));
+                return Ok(marked(asked.answer_user(&context.cluster.state(), StatusCode::OK, &user), &changed));
             }
             Err(problem)
                 if problem.code == "version_mismatch" && asked.if_match.is_none() && attempt < ATTEMPTS_MAX =>
@@ -326,16 +328,15 @@ async fn create_group(State(context): State<Arc<Context>>, asked: Asked, whole: 
     let changed = context.change(&asked.caller, &asked.wanted, "group.create", &name, body).await?;
     let id = changed.done.ids.first().copied().unwrap_or_default();
     let group = context.cluster.state().by_id::<Group>(id).ok_or_else(|| Error::not_found("group", &id.to_string()))?;
-    Ok(marked(asked.answer_group(&context, StatusCode::CREATED, &group), &changed))
+    Ok(marked(asked.answer_group(&context.cluster.state(), StatusCode::CREATED, &group), &changed))
 }
 
-async fn read_group(State(context): State<Arc<Context>>, Path(id): Path<String>, asked: Asked) -> Answer {
-    let state = read(&context).await?;
+async fn read_group(Seen(state): Seen, Path(id): Path<String>, asked: Asked) -> Answer {
     let group = asked.group(&state, &id).ok_or_else(|| Error::not_found("group", &id))?;
     if asked.is_unchanged(group.version) {
         return Ok(StatusCode::NOT_MODIFIED.into_response());
     }
-    Ok(asked.answer_group(&context, StatusCode::OK, &group))
+    Ok(asked.answer_group(&state, StatusCode::OK, &group))
 }
 
 async fn replace_group(
@@ -399,7 +400,7 @@ async fn change_group(
         match context.change(&asked.caller, &wanted, action, &format!("group/{id}"), body).await {
             Ok(changed) => {
                 let group = asked.group(&context.cluster.state(), id).ok_or_else(|| Error::not_found("group", id))?;
-                return Ok(marked(asked.answer_group(context, StatusCode::OK, &group), &changed));
+                return Ok(marked(asked.answer_group(&context.cluster.state(), StatusCode::OK, &group), &changed));
             }
             Err(problem)
                 if problem.code == "version_mismatch" && asked.if_match.is_none() && attempt < ATTEMPTS_MAX =>
@@ -428,10 +429,9 @@ fn marked(mut response: Response, changed: &Changed) -> Response {
     response
 }
 
-async fn list_users(State(context): State<Arc<Context>>, asked: Asked) -> Answer {
+async fn list_users(Seen(state): Seen, asked: Asked) -> Answer {
     let filter = asked.query.filter.as_deref().map(|text| Filter::parse(text, Resource::User)).transpose()?;
     let page = Page::of(&asked.query)?;
-    let state = read(&context).await?;
     listed(move || {
         let users = users(&state, asked.directory, filter.as_ref());
         let json = |user: &User| resource::user_json(&state, user, &asked.base);
@@ -442,10 +442,9 @@ async fn list_users(State(context): State<Arc<Context>>, asked: Asked) -> Answer
     .await
 }
 
-async fn list_groups(State(context): State<Arc<Context>>, asked: Asked) -> Answer {
+async fn list_groups(Seen(state): Seen, asked: Asked) -> Answer {
     let filter = asked.query.filter.as_deref().map(|text| Filter::parse(text, Resource::Group)).transpose()?;
     let page = Page::of(&asked.query)?;
-    let state = read(&context).await?;
     listed(move || {
         let about_members = asked.query.filter.as_deref().is_some_and(|text| text.to_lowercase().contains("members"));
         let shown = asked.projection.takes("members");

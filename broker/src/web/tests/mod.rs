@@ -2,6 +2,7 @@
 
 mod follow;
 pub(crate) mod house;
+mod read;
 mod renew;
 
 use std::net::TcpListener;
