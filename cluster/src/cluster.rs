@@ -10,7 +10,7 @@ use futures::Stream;
 use parking_lot::Mutex;
 use selvedge_domain::command::InitCluster;
 use selvedge_domain::decide::VERSION;
-use selvedge_domain::{Asker, Body, Envelope, Id, State};
+use selvedge_domain::{Asker, Body, Envelope, Id, State, limits};
 use selvedge_proto::peer as wire;
 use selvedge_proto::peer::change_request::Change;
 use selvedge_proto::peer::peer_client::PeerClient;
@@ -45,7 +45,7 @@ use crate::service::{PeerService, RaftService};
 use crate::snapshot::{self, SnapshotHead, Snapshots};
 use crate::status::{Status, status};
 use crate::transport::Listener;
-use crate::{housekeeping, journal, listen, membership, metrics, read, watchdog};
+use crate::{housekeeping, journal, listen, membership, metrics, read, restore, watchdog};
 
 const SNAPSHOT_DIR: &str = "snapshots";
 const TRANSFER_TIMEOUT: Duration = Duration::from_secs(3);
@@ -268,6 +268,11 @@ impl Cluster {
         self.core.published.now_ms()
     }
 
+    /// This machine's wall clock, milliseconds since the Unix epoch.
+    pub fn wall_ms(&self) -> u64 {
+        self.core.clock.wall_ms()
+    }
+
     /// A connection to another broker, for the services that the broker registers beside ours.
     pub fn channel(&self, node: u64) -> PeerChannel {
         self.core.dialer.channel(node, Purpose::Extra)
@@ -383,6 +388,9 @@ async fn start(
 
     let (queue, queued) = mpsc::channel(QUEUE_COMMANDS_MAX);
     let started_ms = options.clock.boottime_ms();
+    let lease_ms = published.state().cluster().map_or(limits::LEASE_MS_DEFAULT, |cluster| cluster.lease_ms);
+    let waits = restore::waits(options.dir.path());
+    let leases_from_ms = if waits { started_ms + surely_over_ms(lease_ms) } else { 0 };
     let core = Arc::new(Core {
         node,
         boot: options.dir.boot(),
@@ -413,11 +421,12 @@ async fn start(
         seen: Mutex::default(),
         longest_lease: Mutex::default(),
         started_ms,
+        leases_from_ms,
         leaving: AtomicBool::new(false),
         fatal,
         stop: CancellationToken::new(),
         tasks: TaskTracker::new(),
-        _dir: Some(options.dir.clone()),
+        dir: options.dir.clone(),
     });
     let listener = options.transport.listen().await.map_err(Error::Socket)?;
     spawn(&core, options, listener, snapshots, to_enforce, queued);

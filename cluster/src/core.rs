@@ -73,13 +73,15 @@ pub(crate) struct Core {
     /// The longest lease that may still run somewhere, and until when it counts (boottime, milliseconds).
     pub(crate) longest_lease: Mutex<(u64, u64)>,
     pub(crate) started_ms: u64,
+    /// From then on a lease is given, boottime in milliseconds: those of the epoch before this one are over.
+    pub(crate) leases_from_ms: u64,
     /// It will stop once it has handed leadership over.
     pub(crate) leaving: AtomicBool,
     pub(crate) fatal: watch::Sender<Option<Fatal>>,
     pub(crate) stop: CancellationToken,
     pub(crate) tasks: TaskTracker,
     /// Locked while this lives.
-    pub(crate) _dir: Option<Arc<DataDir>>,
+    pub(crate) dir: Arc<DataDir>,
 }
 
 /// How long a leader that must stop waits for another.
@@ -166,6 +168,17 @@ impl Core {
         PeerClient::new(self.dialer.channel(node, purpose))
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX)
+    }
+
+    /// Whether leases of the epoch before this one may still run somewhere.
+    pub(crate) fn waits(&self) -> bool {
+        self.clock.boottime_ms() < self.leases_from_ms
+    }
+
+    /// Notes that they do not.
+    pub(crate) async fn has_waited(&self) -> std::io::Result<()> {
+        let dir = self.dir.clone();
+        self.blocking.run(move || crate::restore::has_waited(dir.path())).await
     }
 
     /// Waits until this broker has applied a position.

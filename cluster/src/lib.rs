@@ -34,6 +34,7 @@ mod propose_stream;
 mod published;
 mod raft_types;
 mod read;
+pub mod restore;
 mod service;
 mod snapshot;
 mod status;
@@ -56,7 +57,7 @@ pub use network::MESSAGE_BYTES_MAX;
 pub use propose::{COMMAND_BYTES_MAX, Done, PROPOSAL_TIMEOUT};
 pub use published::HashesAt;
 pub use read::{Mode, Read};
-pub use snapshot::SnapshotHead;
+pub use snapshot::{SnapshotHead, save_at_rest};
 pub use status::{Member, Status};
 pub use transport::{Handshake, Link, Listener, Stream, Tls, Transport};
 

@@ -114,22 +114,11 @@ impl Machine {
     }
 
     fn decide(&mut self, entry: Entry, changes: &mut Changes) -> io::Result<Vec<Outcome>> {
-        let outcomes = match entry.payload {
-            Payload::Blank => Vec::new(),
-            Payload::Membership(membership) => {
-                self.membership = StoredMembership::new(Some(entry.log_id), membership);
-                Vec::new()
-            }
-            Payload::Normal(Batch(bytes)) => {
-                let batch = wire::Batch::decode(bytes).map_err(|_| invalid("an entry that is not a batch"))?;
-                // What this build does not know must not be passed over: the others may know it.
-                let commands = batch.commands.iter().map(|command| version::read(command));
-                let commands = commands.collect::<Result<Vec<_>, _>>().map_err(|newer| self.must_stop(newer))?;
-                self.state.apply_all(batch.time_ms, &commands, changes)
-            }
-        };
         self.last_applied = Some(entry.log_id);
-        Ok(outcomes)
+        decide(&mut self.state, &mut self.membership, entry, changes).map_err(|error| match error {
+            Undecided::Newer(newer) => self.must_stop(newer),
+            Undecided::Damaged(error) => error,
+        })
     }
 
     /// Says why this broker stops before Raft finds that it cannot apply any more.
@@ -168,6 +157,39 @@ impl Machine {
         ::metrics::histogram!(APPLY_SECONDS).record(begun.elapsed());
         ::metrics::gauge!(APPLIED_INDEX).set(last_index as f64);
         Ok(())
+    }
+}
+
+/// Why an entry cannot be applied.
+#[derive(Debug)]
+pub(crate) enum Undecided {
+    /// It is of a newer build.
+    Newer(Fatal),
+    /// It is not what a leader writes.
+    Damaged(io::Error),
+}
+
+/// Decides the commands of an entry, or takes over its membership.
+pub(crate) fn decide(
+    state: &mut State,
+    membership: &mut StoredMembership,
+    entry: Entry,
+    changes: &mut Changes,
+) -> Result<Vec<Outcome>, Undecided> {
+    match entry.payload {
+        Payload::Blank => Ok(Vec::new()),
+        Payload::Membership(new) => {
+            *membership = StoredMembership::new(Some(entry.log_id), new);
+            Ok(Vec::new())
+        }
+        Payload::Normal(Batch(bytes)) => {
+            let batch = wire::Batch::decode(bytes);
+            let batch = batch.map_err(|_| Undecided::Damaged(invalid("an entry that is not a batch")))?;
+            // What this build does not know must not be passed over: the others may know it.
+            let commands = batch.commands.iter().map(|command| version::read(command));
+            let commands = commands.collect::<Result<Vec<_>, _>>().map_err(Undecided::Newer)?;
+            Ok(state.apply_all(batch.time_ms, &commands, changes))
+        }
     }
 }
 

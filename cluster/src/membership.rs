@@ -173,6 +173,10 @@ async fn attempt(core: &Arc<Core>, state: &State, change: &Change) -> Attempt {
             if !row(*node).is_some_and(|row| !row.removed && row.has(BrokerRole::Voter)) {
                 return Attempt::Failed(format!("broker `{node}` does not have the role `voter`"));
             }
+            // Another leader would not know that it has to wait.
+            if core.waits() {
+                return Attempt::Later("leases of the epoch before this one may still run".to_owned());
+            }
             if !has_caught_up(core, *node) {
                 return Attempt::Later(format!("broker `{node}` has not caught up yet"));
             }

@@ -63,6 +63,9 @@ pub const JOURNAL_MISSING_ROWS: &str = "selvedge_cluster_journal_missing_rows";
 /// Events before an installed snapshot that were fetched.
 pub const JOURNAL_FETCHED_ROWS_TOTAL: &str = "selvedge_cluster_journal_fetched_rows_total";
 
+/// 1 while users, devices, workloads or connectors are held since the cluster was restored.
+pub const RESTORED_HELD: &str = "selvedge_cluster_restored_held";
+
 /// Describes them to the recorder.
 pub fn describe() {
     describe_counter!(
@@ -81,6 +84,7 @@ pub fn describe() {
     describe_counter!(WATCHERS_CUT_TOTAL, "watchers of the event stream that were cut because they were too slow");
     describe_gauge!(JOURNAL_MISSING_ROWS, Unit::Count, "older events that this broker still fetches from others");
     describe_counter!(JOURNAL_FETCHED_ROWS_TOTAL, "older events that this broker fetched from others");
+    describe_gauge!(RESTORED_HELD, "1 while identities are held since a restore");
     describe_gauge!(LEADER, "1 while this broker leads");
     describe_gauge!(TERM, "term of the last leader known");
     describe_gauge!(LEASE_LEFT_SECONDS, Unit::Seconds, "what is left of the freshness lease");

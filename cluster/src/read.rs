@@ -105,12 +105,20 @@ impl Core {
         }
     }
 
+    /// The same, for a node's lease.
+    pub(crate) async fn lease_index_here(&self, node: u64) -> Result<u64, NoReadIndex> {
+        if self.waits() {
+            return Err(NoReadIndex::NoQuorum);
+        }
+        self.note_holder(node);
+        self.read_index_here().await
+    }
+
     async fn read_index_from(&self, leader: u64, for_lease: bool, timeout: Duration) -> Result<u64, NoReadIndex> {
         if leader == self.node {
-            if for_lease {
-                self.note_holder(self.node);
-            }
-            let read = tokio::time::timeout(timeout, self.read_index_here()).await;
+            let read =
+                async { if for_lease { self.lease_index_here(self.node).await } else { self.read_index_here().await } };
+            let read = tokio::time::timeout(timeout, read).await;
             return read.unwrap_or(Err(NoReadIndex::NoQuorum));
         }
         let mut request = Request::new(wire::ReadIndexRequest { for_lease });
@@ -261,6 +269,18 @@ impl Core {
 
 /// Keeps the freshness lease.
 pub(crate) async fn keep_lease(core: Arc<Core>) {
+    if core.leases_from_ms != 0 {
+        let wait = Duration::from_millis(core.leases_from_ms.saturating_sub(core.clock.boottime_ms()));
+        tracing::info!(seconds = wait.as_secs(), "this epoch has begun; leases of the one before it run out first");
+        while core.waits() {
+            if core.pause(RETRY_INTERVAL).await.is_err() {
+                return;
+            }
+        }
+        if let Err(error) = core.has_waited().await {
+            tracing::warn!(%error, "the next start of this broker waits again");
+        }
+    }
     loop {
         let interval = RENEW_INTERVAL_MIN.max(Duration::from_millis(core.lease_ms() / 4));
         let renewed = tokio::select! {

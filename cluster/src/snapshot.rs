@@ -1,5 +1,6 @@
 //! Snapshots of the state: a checkpoint that shares files with the database, or a stream that was received.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -12,6 +13,7 @@ use prost::Message as _;
 use selvedge_domain::state::{Meta, StateHash, Table};
 use selvedge_domain::{Id, rows};
 use selvedge_proto::peer as wire;
+use selvedge_storage::inspect;
 use selvedge_storage::state::{self, StateStore};
 use serde::Serialize;
 
@@ -204,6 +206,8 @@ pub struct SnapshotHead {
     pub learners: Vec<u64>,
     /// Rows of the state.
     pub rows: u64,
+    /// Rows of each table that has any, by its name.
+    pub tables: BTreeMap<String, u64>,
     /// Length of the file.
     pub bytes: u64,
 }
@@ -213,7 +217,12 @@ impl SnapshotHead {
     ///
     /// **Errors**: the file, or that it is no whole snapshot.
     pub fn read(path: &Path) -> io::Result<Self> {
-        let (head, meta, cluster) = read(path)?;
+        let mut tables = BTreeMap::new();
+        let (head, meta, cluster) = read_rows(path, |table, _, _| *tables.entry(table).or_default() += 1)?;
+        let tables = tables.into_iter().map(|(table, rows)| match Table::from_number(table) {
+            Some(table) => Ok((table.name(), rows)),
+            None => Err(convert::invalid("a snapshot of a later version")),
+        });
         let domain = Meta::decode(&*meta.domain).map_err(|_| convert::invalid("the snapshot's meta is none"))?;
         let membership = convert::stored_membership_back(meta.membership.as_ref())?;
         let last = meta.last_applied.unwrap_or_default();
@@ -227,6 +236,7 @@ impl SnapshotHead {
             voters: membership.membership().voter_ids().collect(),
             learners: membership.membership().learner_ids().collect(),
             rows: head.rows,
+            tables: tables.collect::<io::Result<_>>()?,
             bytes: fs::metadata(path)?.len(),
         })
     }
@@ -234,10 +244,19 @@ impl SnapshotHead {
 
 /// Reads a whole stream and checks that its rows add up to the hash that it names.
 fn read(path: &Path) -> io::Result<(state::Head, wire::StateMeta, Option<rows::Cluster>)> {
+    read_rows(path, |_, _, _| ())
+}
+
+/// The same, and shows each row's table, key and value; what is done with them before an error must be undone.
+pub(crate) fn read_rows(
+    path: &Path,
+    mut visit: impl FnMut(u8, &[u8], &[u8]),
+) -> io::Result<(state::Head, wire::StateMeta, Option<rows::Cluster>)> {
     let mut hash = StateHash::default();
     let mut cluster = None;
     let head = state::verify(open(path)?, |table, key, value| {
         hash.add(table, key, value);
+        visit(table, key, value);
         if table == Table::Cluster as u8 {
             cluster = rows::Cluster::decode(value).ok();
         }
@@ -253,6 +272,31 @@ fn read(path: &Path) -> io::Result<(state::Head, wire::StateMeta, Option<rows::C
 
 /// Writes the state as it stands to a new file, durably. Blocks.
 pub(crate) fn save(store: &StateStore, path: &Path) -> io::Result<SnapshotHead> {
+    write(path, |to| store.export(to).map(drop))
+}
+
+/// Writes the state of a data directory to a new file, durably, whether its broker runs or not. Blocks.
+///
+/// **Errors**: the directory, the file; one that is there already is left alone.
+pub fn save_at_rest(dir: &Path, path: &Path) -> io::Result<SnapshotHead> {
+    let mut attempts = 1;
+    loop {
+        match write(path, |to| inspect::export(dir, to).map(drop)) {
+            // A broker that writes may take a file away while it is looked at: then the rows do not add up.
+            Err(error) if error.kind() == io::ErrorKind::InvalidData && attempts < AT_REST_ATTEMPTS => attempts += 1,
+            done => return done,
+        }
+    }
+}
+
+/// How often the state of a broker that runs is read when its rows do not add up.
+const AT_REST_ATTEMPTS: u32 = 5;
+
+/// Writes a snapshot to a new file, reads it back, and only then gives it its name.
+fn write(
+    path: &Path,
+    export: impl FnOnce(&mut BufWriter<File>) -> Result<(), selvedge_storage::Error>,
+) -> io::Result<SnapshotHead> {
     let file_name = path.file_name().ok_or_else(|| convert::invalid("a path that names no file"))?;
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     if path.exists() {
@@ -264,7 +308,7 @@ pub(crate) fn save(store: &StateStore, path: &Path) -> io::Result<SnapshotHead> 
     let written = (|| {
         let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
         let mut to = BufWriter::with_capacity(1 << 20, file);
-        store.export(&mut to).map_err(io::Error::other)?;
+        export(&mut to).map_err(io::Error::other)?;
         to.into_inner()?.sync_all()?;
         let head = SnapshotHead::read(&temporary)?;
         fs::hard_link(&temporary, path)?;

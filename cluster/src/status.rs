@@ -8,8 +8,8 @@ use serde::Serialize;
 
 use crate::core::Core;
 use crate::metrics::{
-    ENFORCED_LAG_ENTRIES, LEADER, LEASE_LEFT_SECONDS, PEER_LAG_ENTRIES, PEER_SILENT_SECONDS, SNAPSHOT_AGE_SECONDS,
-    TERM, TIME_SKEW_SECONDS,
+    ENFORCED_LAG_ENTRIES, LEADER, LEASE_LEFT_SECONDS, PEER_LAG_ENTRIES, PEER_SILENT_SECONDS, RESTORED_HELD,
+    SNAPSHOT_AGE_SECONDS, TERM, TIME_SKEW_SECONDS,
 };
 
 /// How the cluster looks from this broker.
@@ -142,6 +142,8 @@ impl Gauges {
         let skew = seconds(wall_ms.abs_diff(now_ms));
         gauge!(TIME_SKEW_SECONDS).set(if wall_ms < now_ms { -skew } else { skew });
 
+        let held = core.published.state().cluster().is_some_and(|cluster| cluster.held_before_epoch != 0);
+        gauge!(RESTORED_HELD).set(f64::from(u8::from(held)));
         let snapshot = core.metrics().snapshot.map(|id| id.index);
         if snapshot != self.snapshot {
             (self.snapshot, self.snapshot_at_ms) = (snapshot, boottime_ms);

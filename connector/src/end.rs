@@ -192,14 +192,39 @@ impl End {
         self.identity.load().validity_ms().is_ok_and(|(_, end_ms)| end_ms <= clock::unix_ms())
     }
 
-    /// Certifies a new key at a web listener: that of the enrolment, or of any broker that is known.
-    pub(crate) async fn renew_expired(self: &Arc<Self>) -> Result<(), String> {
-        let brokers = self.brokers.load();
+    /// Web listeners: that of the enrolment, and of any broker that is known.
+    fn webs(&self) -> Vec<String> {
         let first = self.store.with(|state| state.web.clone());
-        let others =
-            brokers.brokers.iter().map(|broker| broker.web.clone()).filter(|web| !web.is_empty() && *web != first);
+        let brokers = self.brokers.load();
+        let others = brokers.brokers.iter().map(|broker| &broker.web).filter(|web| !web.is_empty() && **web != first);
+        std::iter::once(&first).chain(others).cloned().collect()
+    }
+
+    /// Asks at web listeners which brokers there are.
+    pub(crate) async fn ask_for_brokers(self: &Arc<Self>) -> Result<(), String> {
         let mut why = String::new();
-        for web in std::iter::once(first.clone()).chain(others) {
+        for web in self.webs() {
+            match enrol::brokers(&web, &self.anchors, &self.identity.load()).await {
+                Ok((brokers, keys)) => {
+                    self.take_brokers(&brokers);
+                    self.take_knock_keys(&keys);
+                    return Ok(());
+                }
+                Err(error) => why = error.to_string(),
+            }
+        }
+        Err(why)
+    }
+
+    /// Whether a broker is of an earlier epoch than one that this end has heard of.
+    pub(crate) fn is_of_the_past(&self, position: Option<&Position>) -> bool {
+        epoch(position) < epoch(self.brokers.load().position.as_ref())
+    }
+
+    /// Certifies a new key at a web listener.
+    pub(crate) async fn renew_expired(self: &Arc<Self>) -> Result<(), String> {
+        let mut why = String::new();
+        for web in self.webs() {
             match enrol::renew(&web, &self.anchors, &self.identity.load()).await {
                 Ok(identity) => return self.take_identity(identity, Vec::new()).map_err(|error| error.to_string()),
                 Err(error) => why = error.to_string(),
@@ -312,6 +337,10 @@ fn order(position: Option<&Position>, time_ms: u64) -> (u32, u64, u64) {
     position.map_or((0, 0, time_ms), |position| (position.epoch, position.seq, time_ms))
 }
 
+fn epoch(position: Option<&Position>) -> u32 {
+    position.map_or(0, |position| position.epoch)
+}
+
 fn decode_knock(text: &str) -> Option<KnockKey> {
     KnockKey::from_bytes(&STANDARD.decode(text).ok()?)
 }
@@ -319,6 +348,14 @@ fn decode_knock(text: &str) -> Option<KnockKey> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_list_of_a_later_epoch_goes_before_one_with_a_higher_number() {
+        let position = |epoch, seq| Position { epoch, seq };
+        let (last, next) = (position(1, 900), position(2, 7));
+        assert!(order(Some(&last), 50) < order(Some(&next), 10));
+        assert!(epoch(Some(&last)) < epoch(Some(&next)) && epoch(None) < epoch(Some(&last)));
+    }
 
     #[test]
     fn a_fence_moves_only_forward_and_counts_its_sessions() {

@@ -14,10 +14,10 @@ use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use prost::Message as _;
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
-use selvedge_proto::control::{Brokers, SignedGrant};
+use selvedge_proto::control::{Brokers, KnockKeys, SignedGrant};
 use selvedge_proto::https;
 use selvedge_proto::identity::{self, Anchors, Kind, Pin, SpiffeId};
-use selvedge_proto::renewal::{self, Renewal, Renewed};
+use selvedge_proto::renewal::{self, KnownBrokers, Renewal, Renewed};
 use selvedge_proto::tls::{self, Identity};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -307,6 +307,18 @@ pub async fn renew(web: &str, anchors: &Anchors, old: &Identity) -> Result<Ident
     let id = old.peer().map_err(trust::Error::from)?.id;
     trust::verify_own(anchors, new.chain(), &id, clock::unix_ms())?;
     Ok(new)
+}
+
+/// Asks a web listener which brokers there are, with the key of the certificate.
+///
+/// **Errors**: as [`enrol`].
+pub(crate) async fn brokers(web: &str, anchors: &Anchors, own: &Identity) -> Result<(Brokers, KnockKeys), Error> {
+    let malformed = |error: &dyn std::fmt::Display| Error::Answer(error.to_string());
+    let body = serde_json::to_string(&Renewal::new(own, Vec::new())?).map_err(|error| malformed(&error))?;
+    let known: KnownBrokers = ask(web, anchors.pin(), renewal::BROKERS_PATH, &body).await?;
+    let keys = known.knock_keys.iter().map(hex::decode).collect::<Result<_, _>>().map_err(|error| malformed(&error))?;
+    let KnownBrokers { list, signature, signer, .. } = known;
+    Ok((Brokers { list, signature, signer }, KnockKeys { keys }))
 }
 
 fn refusal(status: u16, bytes: &[u8]) -> Error {

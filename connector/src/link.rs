@@ -16,8 +16,8 @@ use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use selvedge_proto::control::control_client::ControlClient;
 use selvedge_proto::control::{
-    Broker, Cut, Dial, FromBroker, FromEnd, LeaseAsk, OpenRefused, Opened, Ping, Pong, Renew, Renewed, Targets,
-    TicketsWanted, from_broker, from_end,
+    Broker, Cut, Dial, FromBroker, FromEnd, LeaseAsk, OpenRefused, Opened, Ping, Pong, Position, Renew, Renewed,
+    Targets, TicketsWanted, from_broker, from_end,
 };
 use selvedge_proto::hello::Ticket;
 use selvedge_proto::{identity, tls};
@@ -84,6 +84,9 @@ pub enum Error {
         /// Highest version served.
         max: u32,
     },
+    /// The cluster has begun another epoch, and this broker has not.
+    #[error("the broker is of an earlier epoch than the cluster")]
+    Past,
     /// The stream has ended.
     #[error("the control stream has ended")]
     Closed,
@@ -170,7 +173,10 @@ impl Link {
             let mut client = open_http2(stream).await?;
             let mut inbound = client.attach(ReceiverStream::new(messages)).await?.into_inner();
             let first = inbound.message().await?.ok_or(Error::Closed)?;
-            check_hello(first, &broker)?;
+            let position = check_hello(first, &broker)?;
+            if end.is_of_the_past(position.as_ref()) {
+                return Err(Error::Past);
+            }
             Ok::<_, Error>(Inbound { messages: inbound, _client: client })
         };
         let inbound = timeout(HELLO_TIMEOUT, attach).await.map_err(|_| Error::Silent)??;
@@ -465,7 +471,8 @@ async fn open_http2(stream: TlsStream<TcpStream>) -> Result<ControlClient<Channe
     Ok(ControlClient::new(channel))
 }
 
-fn check_hello(first: FromBroker, broker: &Broker) -> Result<(), Error> {
+/// Answers where the broker's log stands.
+fn check_hello(first: FromBroker, broker: &Broker) -> Result<Option<Position>, Error> {
     match first.message {
         Some(from_broker::Message::Hello(hello)) => {
             if hello.protocol_max < PROTOCOL.0 || hello.protocol_min > PROTOCOL.1 {
@@ -475,7 +482,7 @@ fn check_hello(first: FromBroker, broker: &Broker) -> Result<(), Error> {
                 warn!(expected = broker.node, found = hello.node, "a broker with another node id");
                 return Err(Error::Protocol("`Hello` of another node"));
             }
-            Ok(())
+            Ok(hello.position)
         }
         Some(from_broker::Message::Upgrade(upgrade)) => {
             Err(Error::Upgrade { min: upgrade.protocol_min, max: upgrade.protocol_max })

@@ -37,6 +37,11 @@ const BETTER_BY: Duration = Duration::from_millis(5);
 const DEMAND: Duration = Duration::from_secs(60);
 const RENEW_WITHIN: Duration = Duration::from_secs(20);
 const RENEW_RETRY: Duration = Duration::from_secs(60);
+/// An end that has had no usable stream for so long asks elsewhere which brokers there are: those that it knows may all
+/// be gone for ever.
+const LOST_AFTER: Duration = Duration::from_secs(10);
+/// Longest time between two times of asking.
+const LOST_RETRY_MAX: Duration = Duration::from_secs(15 * 60);
 const WAKE: Duration = Duration::from_millis(500);
 
 /// What a person sees of one attached broker.
@@ -213,12 +218,14 @@ struct Supervisor {
     tasks: JoinSet<Done>,
     began: Instant,
     renew_at: Instant,
+    /// When to ask elsewhere which brokers there are, and how long to wait after that; none while there is a stream.
+    lost: Option<(Instant, Duration)>,
 }
 
 impl Supervisor {
     fn new(links: Arc<Links>) -> Self {
         let now = Instant::now();
-        Self { links, known: BTreeMap::new(), tasks: JoinSet::new(), began: now, renew_at: now }
+        Self { links, known: BTreeMap::new(), tasks: JoinSet::new(), began: now, renew_at: now, lost: None }
     }
 
     async fn run(mut self) {
@@ -229,6 +236,15 @@ impl Supervisor {
             if renewal.is_empty() && Instant::now() >= self.renew_at && renewal_is_possible(&links) {
                 self.renew_at = Instant::now() + RENEW_RETRY;
                 renewal.spawn(renew_if_due(links.clone()));
+            }
+            if renewal.is_empty() && self.is_lost() {
+                let end = links.end.clone();
+                renewal.spawn(async move {
+                    match end.ask_for_brokers().await {
+                        Ok(()) => info!("asked elsewhere which brokers there are"),
+                        Err(error) => warn!(error, "no broker is reached, and nobody says which ones there are"),
+                    }
+                });
             }
             tokio::select! {
                 () = links.shutdown.cancelled() => break,
@@ -245,6 +261,23 @@ impl Supervisor {
         let ended = async { while self.tasks.join_next().await.is_some() {} };
         // A stream that does not end in time is dropped with its task.
         let _ = timeout(Duration::from_secs(1), ended).await;
+    }
+
+    /// Whether to ask elsewhere now.
+    fn is_lost(&mut self) -> bool {
+        if !self.links.usable().is_empty() {
+            self.lost = None;
+            return false;
+        }
+        let now = Instant::now();
+        let (at, wait) = *self.lost.get_or_insert((now + LOST_AFTER, LOST_AFTER));
+        if now < at {
+            return false;
+        }
+        let wait = (wait * 2).min(LOST_RETRY_MAX);
+        // Not all ends at the same moment.
+        self.lost = Some((now + wait.mul_f64(rand::random_range(0.5..1.0)), wait));
+        true
     }
 
     fn step(&mut self) {

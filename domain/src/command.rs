@@ -269,6 +269,13 @@ pub enum Body {
         /// Milliseconds.
         keep_ms: u64,
     },
+    /// Lets be what is held since the state was restored from an earlier one.
+    Release(Release),
+    /// Sets cluster time forward: by more than the leader follows the voters' clocks by itself.
+    SetTime {
+        /// Milliseconds.
+        time_ms: u64,
+    },
     /// Gives an administrator's token another name.
     #[cfg(feature = "next")]
     RenameToken {
@@ -301,7 +308,8 @@ impl Body {
             | Self::DeleteGroup { .. }
             | Self::Enrol(_)
             | Self::CertificateIssued(_)
-            | Self::Revoke { .. } => Class::Identity,
+            | Self::Revoke { .. }
+            | Self::Release(_) => Class::Identity,
             Self::CreateToken { .. }
             | Self::RevokeToken { .. }
             | Self::PutDirectory { .. }
@@ -320,7 +328,8 @@ impl Body {
             | Self::Availability(_)
             | Self::MoveCursors(_)
             | Self::CompactJournal { .. }
-            | Self::KeepJournal { .. } => Class::Operations,
+            | Self::KeepJournal { .. }
+            | Self::SetTime { .. } => Class::Operations,
         }
     }
 
@@ -333,7 +342,8 @@ impl Body {
             Self::RaiseMinVersion { .. }
             | Self::RemoveBroker { .. }
             | Self::PutSettings { .. }
-            | Self::KeepJournal { .. } => Some(BrokerRole::Web),
+            | Self::KeepJournal { .. }
+            | Self::SetTime { .. } => Some(BrokerRole::Web),
             _ => match self.class() {
                 Class::Policy | Class::Identity | Class::Secret => Some(BrokerRole::Web),
                 Class::Operations => None,
@@ -515,6 +525,18 @@ pub enum Subject {
     Connector(Id),
     /// A broker.
     Broker(u64),
+}
+
+/// What is let be again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Release {
+    /// A device, workload or connector.
+    Subject(Subject),
+    /// Everything, users too, of the cluster that is named.
+    Everything {
+        /// Cluster id.
+        cluster_id: [u8; 16],
+    },
 }
 
 /// A connector came, went, or found targets down.

@@ -29,7 +29,7 @@ pub struct Envelope {
     /// What happened.
     #[prost(
         oneof = "Event",
-        tags = "16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40"
+        tags = "16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41"
     )]
     pub event: Option<Event>,
 }
@@ -116,6 +116,12 @@ pub enum Event {
     /// The journal was compacted.
     #[prost(message, tag = "39")]
     JournalCompacted(JournalCompacted),
+    /// An earlier state became the beginning of this epoch.
+    #[prost(message, tag = "40")]
+    EpochBegan(EpochBegan),
+    /// An administrator set cluster time forward.
+    #[prost(message, tag = "41")]
+    TimeSet(TimeSet),
 }
 
 /// An object is gone.
@@ -154,6 +160,28 @@ pub struct JournalCompacted {
     pub upto_seq: u64,
 }
 
+/// An earlier state became the beginning of an epoch.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct EpochBegan {
+    /// Where that state stood, in its own epoch.
+    #[prost(message, optional, tag = "1")]
+    pub after: Option<Id>,
+    /// Users, devices, workloads and connectors of earlier epochs are held.
+    #[prost(bool, tag = "2")]
+    pub holds: bool,
+}
+
+/// Cluster time was set forward.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct TimeSet {
+    /// From, milliseconds.
+    #[prost(uint64, tag = "1")]
+    pub from_ms: u64,
+    /// To, milliseconds.
+    #[prost(uint64, tag = "2")]
+    pub to_ms: u64,
+}
+
 impl Event {
     /// The event's name, for people and scripts.
     pub fn name(&self) -> &'static str {
@@ -182,6 +210,8 @@ impl Event {
             Self::AvailabilityPut(_) => "availability.put",
             Self::ClientPut(_) => "client.put",
             Self::JournalCompacted(_) => "journal.compacted",
+            Self::EpochBegan(_) => "epoch.began",
+            Self::TimeSet(_) => "time.set",
         }
     }
 }

@@ -59,6 +59,25 @@ pub struct Renewed {
     pub chain_pem: String,
 }
 
+/// Where the web listener takes a [`Renewal`] of nothing, from an end that reaches no broker that it knows.
+pub const BROKERS_PATH: &str = "/enrol/v1/brokers";
+
+/// What comes back there: which brokers there are, signed, and how to knock.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct KnownBrokers {
+    /// Encoded `control.v1.BrokerList`.
+    #[serde(with = "hexadecimal")]
+    pub list: Vec<u8>,
+    /// The issuer's signature over it.
+    #[serde(with = "hexadecimal")]
+    pub signature: Vec<u8>,
+    /// The issuer's certificate, DER.
+    #[serde(with = "hexadecimal")]
+    pub signer: Vec<u8>,
+    /// Knock keys, hexadecimal; the first is today's.
+    pub knock_keys: Vec<String>,
+}
+
 impl Renewal {
     /// Asks, as `old`, for the key of `csr`.
     ///

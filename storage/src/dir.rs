@@ -5,7 +5,7 @@
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions, Permissions},
-    io::{Read, Write},
+    io::{self, Read, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
 };
@@ -15,6 +15,8 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::Error;
 
+/// Stands in a directory that [`DataDir::make`] has made and that is not whole yet.
+const UNFINISHED_FILE: &str = "unfinished";
 pub(crate) const LOCK_FILE: &str = "LOCK";
 pub(crate) const NODE_FILE: &str = "node.id";
 pub(crate) const BOOT_FILE: &str = "boot";
@@ -47,7 +49,56 @@ impl DataDir {
     /// [`DataDir::open`] with another source of a new directory's node id, which must not be 0. For simulations.
     pub fn open_as(path: &Path, new_node_id: impl FnOnce() -> u64) -> Result<DataDir, Error> {
         make_private(path)?;
+        if DataDir::is_unfinished(path) {
+            return Err(Error::Unfinished { path: path.to_owned() });
+        }
+        DataDir::open_locked(path, lock(path)?, new_node_id)
+    }
+
+    /// Makes a new data directory for what is put into it before [`DataDir::finish`]; until then nobody opens it. What
+    /// an earlier attempt left there that was cut short is removed.
+    ///
+    /// **Errors:** [`Error::NotEmpty`] when something else is there; [`Error::Locked`].
+    pub fn make(path: &Path) -> Result<DataDir, Error> {
+        let there = |path: &Path| match fs::read_dir(path) {
+            Ok(entries) => {
+                let names = entries.map(|entry| entry.map(|entry| entry.file_name())).collect::<Result<Vec<_>, _>>();
+                // Where a disk is mounted.
+                Ok(names?.into_iter().filter(|name| name != "lost+found").collect())
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(error),
+        };
+        let there = |path: &Path| there(path).map_err(Error::io("read", path));
+        let names = there(path)?;
+        if !names.is_empty() && !names.iter().any(|name| name == UNFINISHED_FILE) {
+            return Err(Error::NotEmpty { path: path.to_owned() });
+        }
+        make_private(path)?;
+        // Before the lock file, so that a cut leaves a directory that is known as unfinished.
+        replace(path, UNFINISHED_FILE, "")?;
         let lock = lock(path)?;
+        for name in there(path)?.iter().filter(|name| *name != UNFINISHED_FILE && *name != LOCK_FILE) {
+            let left = path.join(name);
+            let removed = if left.is_dir() { fs::remove_dir_all(&left) } else { fs::remove_file(&left) };
+            removed.map_err(Error::io("remove", &left))?;
+        }
+        DataDir::open_locked(path, lock, || rand::random_range(1..=u64::MAX))
+    }
+
+    /// Whether [`DataDir::make`] was cut short there, or is under way.
+    pub fn is_unfinished(path: &Path) -> bool {
+        path.join(UNFINISHED_FILE).exists()
+    }
+
+    /// Lets a directory that [`DataDir::make`] made be opened from now on. **Durability:** when it returns.
+    pub fn finish(&self) -> Result<(), Error> {
+        let marker = self.path.join(UNFINISHED_FILE);
+        fs::remove_file(&marker).map_err(Error::io("remove", &marker))?;
+        sync_dir(&self.path)
+    }
+
+    fn open_locked(path: &Path, lock: File, new_node_id: impl FnOnce() -> u64) -> Result<DataDir, Error> {
         let (node_id, cluster_id) = match read_small(&path.join(NODE_FILE))? {
             Some(text) => parse_identity(&text)?,
             None if [LOG_DIR, STATE_DIR, BOOT_FILE].iter().any(|name| path.join(name).exists()) => {
@@ -260,6 +311,36 @@ mod tests {
         drop(DataDir::open(&path).expect("opens"));
         fs::remove_file(path.join(NODE_FILE)).expect("removes");
         assert!(matches!(DataDir::open(&path), Err(Error::IdentityMissing { .. })));
+    }
+
+    #[test]
+    fn a_directory_that_is_being_made_is_nobodys_until_it_is_finished() {
+        let (_holder, path) = holder();
+        let making = DataDir::make(&path).expect("makes");
+        let node_id = making.node_id();
+        assert!(matches!(DataDir::open(&path), Err(Error::Unfinished { .. })));
+        assert!(matches!(DataDir::make(&path), Err(Error::Locked { .. })), "somebody is at it");
+        fs::create_dir(path.join("state")).expect("makes");
+        drop(making);
+        let again = DataDir::make(&path).expect("begins anew");
+        assert!(!path.join("state").exists() && again.node_id() != node_id, "of the first attempt nothing is left");
+        let node_id = again.node_id();
+        again.finish().expect("finishes");
+        drop(again);
+        assert_eq!(DataDir::open(&path).expect("opens").node_id(), node_id);
+        assert!(matches!(DataDir::make(&path), Err(Error::NotEmpty { .. })));
+    }
+
+    #[test]
+    fn nothing_is_made_over_what_is_there() {
+        let (_holder, path) = holder();
+        fs::create_dir(&path).expect("makes");
+        fs::create_dir(path.join("lost+found")).expect("makes");
+        fs::write(path.join("notes"), "mine").expect("writes");
+        assert!(matches!(DataDir::make(&path), Err(Error::NotEmpty { .. })));
+        assert_eq!(fs::read_dir(&path).expect("reads").count(), 2);
+        fs::remove_file(path.join("notes")).expect("removes");
+        drop(DataDir::make(&path).expect("a mounted disk is empty"));
     }
 
     #[test]

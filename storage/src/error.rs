@@ -125,6 +125,18 @@ pub enum Error {
         /// The missing file.
         file: &'static str,
     },
+    /// A new data directory was to be made where something is.
+    #[error("`{path}` is not empty; what is restored needs a directory of its own (SE0120)")]
+    NotEmpty {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The making of this data directory was cut short.
+    #[error("what was to be restored into `{path}` is not whole; restore it again (SE0120)")]
+    Unfinished {
+        /// The directory.
+        path: PathBuf,
+    },
     /// The data directory belongs to another cluster.
     #[error("this data directory belongs to cluster `{stored}`, not to `{given}` (SE0117)")]
     OtherCluster {
@@ -158,6 +170,7 @@ impl Error {
             Error::LogDamaged { .. } | Error::MetaDamaged { .. } => Some("SE0114"),
             Error::ReadOnly { .. } => Some("SE0115"),
             Error::Locked { .. } => Some("SE0116"),
+            Error::NotEmpty { .. } | Error::Unfinished { .. } => Some("SE0120"),
             Error::IdentityMissing { .. } | Error::OtherCluster { .. } => Some("SE0117"),
             _ => None,
         }

@@ -4,6 +4,7 @@
 
 use std::{
     fs,
+    io::Write,
     ops::ControlFlow,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
@@ -69,6 +70,23 @@ pub fn holder(path: &Path) -> Option<u32> {
 /// The Raft log, every record checked.
 pub fn log(path: &Path) -> Result<Inspection, Error> {
     again(|| log::inspect(&Rocks::look_at(&path.join(dir::LOG_DIR))?))
+}
+
+/// The records of the Raft log from an index on, in order, up to the end or a damaged end.
+pub fn records(path: &Path, from: u64, visit: impl FnMut(log::Record) -> ControlFlow<()>) -> Result<(), Error> {
+    let engine = again(|| Rocks::look_at(&path.join(dir::LOG_DIR)))?;
+    log::walk(&engine, from, visit)
+}
+
+/// Streams the state as it stands; returns its meta.
+pub fn export(path: &Path, mut to: impl Write) -> Result<Vec<u8>, Error> {
+    let engine = again(|| Rocks::look_at(&path.join(dir::STATE_DIR)))?;
+    let mut meta = Vec::new();
+    engine.view(&mut |view: &dyn View| {
+        meta = state::export(view, &mut to)?;
+        Ok(())
+    })?;
+    Ok(meta)
 }
 
 /// The state: its meta, its rows of some tables, and how far its journal goes.

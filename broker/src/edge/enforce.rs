@@ -207,7 +207,9 @@ impl<'a> Found<'a> {
             | Event::Enrolled(_)
             | Event::AvailabilityPut(_)
             | Event::ClientPut(_)
-            | Event::JournalCompacted(_) => {}
+            | Event::JournalCompacted(_)
+            | Event::EpochBegan(_)
+            | Event::TimeSet(_) => {}
         }
     }
 

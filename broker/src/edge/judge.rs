@@ -50,7 +50,8 @@ impl Edge {
                 Reason::PrincipalUnknown
                 | Reason::PrincipalInactive
                 | Reason::PrincipalRevoked
-                | Reason::DeviceRevoked => SessionCode::Revoked,
+                | Reason::DeviceRevoked
+                | Reason::Restored => SessionCode::Revoked,
                 _ => SessionCode::PolicyChanged,
             },
         };

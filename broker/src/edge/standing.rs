@@ -22,6 +22,8 @@ pub(crate) enum Unfit {
     /// The certificate's serial number is not in the log, or not in this broker's part of it yet.
     CertificateUnknown,
     Revoked,
+    /// Held since the cluster was restored: nobody has vouched for it.
+    Restored,
     /// Of an older generation of its subject.
     Superseded,
     Expired,
@@ -35,6 +37,7 @@ impl Unfit {
             Self::Unknown => "unknown_id",
             Self::CertificateUnknown => "unknown_certificate",
             Self::Revoked => "revoked",
+            Self::Restored => "restored",
             Self::Superseded => "superseded",
             Self::Expired => "expired",
             Self::WrongKind => "wrong_kind",
@@ -51,11 +54,15 @@ impl Unfit {
 pub(crate) fn check(state: &State, peer: &Peer, now_ms: u64) -> Result<Id, Unfit> {
     let id: Id = peer.id.id().parse().map_err(|_| Unfit::Unknown)?;
     let found = match peer.id.kind() {
-        Kind::Client => state.by_id::<Device>(id).map(|row| (row.revoked, row.generation)),
-        Kind::Workload => state.by_id::<Workload>(id).map(|row| (row.revoked, row.generation)),
-        Kind::Connector => state.by_id::<Connector>(id).map(|row| (row.revoked, row.generation)),
+        Kind::Client => state.by_id::<Device>(id).map(|row| (row.revoked, row.generation, row.vouched_epoch)),
+        Kind::Workload => state.by_id::<Workload>(id).map(|row| (row.revoked, row.generation, row.vouched_epoch)),
+        Kind::Connector => state.by_id::<Connector>(id).map(|row| (row.revoked, row.generation, row.vouched_epoch)),
         _ => return Err(Unfit::WrongKind),
     };
+    if found.is_some_and(|(revoked, _, vouched_epoch)| !revoked && state.is_held(id, vouched_epoch)) {
+        return Err(Unfit::Restored);
+    }
+    let found = found.map(|(revoked, generation, _)| (revoked, generation));
     check_certificate(state, peer, found, now_ms).map(|()| id)
 }
 
@@ -118,10 +125,15 @@ impl Login {
     /// Whether it still counts.
     fn check(&self, state: &State, now_ms: u64) -> Result<(), SessionCode> {
         let user: User = state.by_id(self.user).ok_or(SessionCode::Revoked)?;
-        if !user.active || user.generation != self.generation || self.epoch != state.position().epoch {
+        if !user.active || user.generation != self.generation {
             return Err(SessionCode::Revoked);
         }
-        if self.expires_ms <= now_ms { Err(SessionCode::Reauthenticate) } else { Ok(()) }
+        // A login of an earlier epoch is void, and another one is all that it takes.
+        if self.expires_ms <= now_ms || self.epoch != state.position().epoch {
+            Err(SessionCode::Reauthenticate)
+        } else {
+            Ok(())
+        }
     }
 }
 

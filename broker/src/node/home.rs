@@ -68,11 +68,22 @@ impl Home {
     pub fn load(config: &Config) -> Result<Self, Error> {
         let path = path(config);
         let text = std::fs::read_to_string(&path).map_err(|source| {
-            if source.kind() == std::io::ErrorKind::NotFound { Error::NotMember } else { Error::file(&path, source) }
+            if source.kind() != std::io::ErrorKind::NotFound {
+                Error::file(&path, source)
+            } else if DataDir::is_unfinished(&config.data_dir) {
+                selvedge_storage::Error::Unfinished { path: config.data_dir.clone() }.into()
+            } else {
+                Error::NotMember
+            }
         })?;
         let home: Self =
             serde_json::from_str(&text).map_err(|error| Error::Damaged(path.clone(), error.to_string()))?;
         if home.version == VERSION { Ok(home) } else { Err(Error::Damaged(path, format!("version {}", home.version))) }
+    }
+
+    /// The home of a broker that has nobody beside it.
+    pub fn of_the_only_broker(anchors: Anchors) -> Self {
+        Self { version: VERSION, anchors, seeds: Vec::new(), roles: BrokerRole::ALL.into(), first: None }
     }
 
     pub fn store(&self, config: &Config) -> Result<(), Error> {
@@ -128,13 +139,8 @@ pub fn init(config: &Valid, options: &InitOptions) -> Result<Initialised, Error>
     let (key, csr) = tls::new_key_and_csr()?;
     let issued = issuer.issue_broker(&dir.node_id().to_string(), std::slice::from_ref(&config.host), &csr, now_ms)?;
     Identity::from_pem(&format!("{}{}", issued.chain_pem, *key))?.save(&identity_path(config))?;
-    let home = Home {
-        version: VERSION,
-        anchors: issuer.anchors().clone(),
-        seeds: Vec::new(),
-        roles: BrokerRole::ALL.into(),
-        first: Some(First { lease_ms: options.lease_ms, hold_ms: options.hold_ms }),
-    };
+    let first = Some(First { lease_ms: options.lease_ms, hold_ms: options.hold_ms });
+    let home = Home { first, ..Home::of_the_only_broker(issuer.anchors().clone()) };
     home.store(config)?;
     Ok(Initialised { root_key, pin: issuer.anchors().pin().to_string(), cluster_id: hex::encode(cluster_id) })
 }
@@ -231,7 +237,7 @@ fn path(config: &Config) -> PathBuf {
     config.node_dir().join("cluster.json")
 }
 
-fn make_node_dir(config: &Config) -> Result<(), Error> {
+pub(super) fn make_node_dir(config: &Config) -> Result<(), Error> {
     use std::os::unix::fs::DirBuilderExt as _;
     let dir = config.node_dir();
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(|source| Error::file(&dir, source))
@@ -242,6 +248,11 @@ pub(super) fn random_bytes<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     aws_lc_rs::rand::fill(&mut bytes).expect("the provider's generator does not fail once it is seeded");
     bytes
+}
+
+/// A token for the first owner.
+pub(super) fn new_owner_token() -> String {
+    format!("svt_{}", base64::Engine::encode(&base64::prelude::BASE64_URL_SAFE_NO_PAD, random_bytes::<32>()))
 }
 
 /// Roles as one text with commas.

@@ -2,6 +2,7 @@
 
 mod home;
 mod renewal;
+mod restore;
 #[cfg(test)]
 mod tests;
 
@@ -32,13 +33,15 @@ use crate::ops::{Configured, Ops, Reload};
 use crate::relay::{RELAY_PIPES_MAX, Relay};
 use crate::routing::Routing;
 use crate::web;
-use home::{First, random_bytes};
+use home::{First, new_owner_token};
 pub(crate) use home::{Home, identity_path};
 pub use home::{
     InitOptions, Initialised, JoinReply, JoinRequest, Seed, init, join_complete, join_request, join_seal_key, member,
 };
 use renewal::Renewal;
 pub use renewal::{CERTIFICATE_LEFT_SECONDS, CERTIFICATE_RENEWALS_TOTAL};
+pub use restore::{From as RestoreFrom, Options as RestoreOptions, Restored, restore};
+pub use selvedge_cluster::{SnapshotHead, save_at_rest};
 
 /// Longest wait of a starting broker for a leader.
 const START_STEP: Duration = Duration::from_secs(5);
@@ -82,6 +85,15 @@ pub enum Error {
     /// The certificate that was answered is somebody else's.
     #[error("the certificate that was answered is for `{0}`")]
     OtherIdentity(String),
+    /// Nothing says where the issuer's keys are.
+    #[error("no sealed issuer is there: name a data directory that has one, or a copy of it, with `--issuer`")]
+    NoIssuer,
+    /// The issuer that was named is of another cluster than the state.
+    #[error("the issuer is of cluster `{0}`, the state of `{1}`")]
+    OtherIssuer(String, String),
+    /// A restore or recovery.
+    #[error(transparent)]
+    Restore(#[from] selvedge_cluster::restore::Error),
     /// The first command of the cluster was not accepted.
     #[error("the cluster was not initialised")]
     Initialise(#[source] Box<selvedge_cluster::ProposeError>),
@@ -411,8 +423,7 @@ async fn initialise(cluster: &Cluster, config: &Valid, home: &Home, first: &Firs
             return Ok(None);
         }
     }
-    let secret =
-        format!("svt_{}", base64::Engine::encode(&base64::prelude::BASE64_URL_SAFE_NO_PAD, random_bytes::<32>()));
+    let secret = new_owner_token();
     cluster.initialize(first.command(&home.anchors, &secret)).await?;
     propose_first(cluster, Body::PutBroker(description(cluster, config, home))).await?;
     Ok(Some(secret))
@@ -423,15 +434,19 @@ async fn propose_first(cluster: &Cluster, body: Body) -> Result<(), Error> {
 }
 
 fn description(cluster: &Cluster, config: &Valid, home: &Home) -> PutBroker {
+    described(config, cluster.node(), home.roles.iter().map(|role| *role as i32).collect())
+}
+
+fn described(config: &Valid, node: u64, roles: Vec<i32>) -> PutBroker {
     PutBroker {
-        node: cluster.node(),
+        node,
         name: config.name.clone(),
         region: config.region.clone(),
         host: config.host.clone(),
         edge: config.edge.advertised(),
         web: config.web.advertised(),
         peer: config.peer.advertised(),
-        roles: home.roles.iter().map(|role| *role as i32).collect(),
+        roles,
     }
 }
 

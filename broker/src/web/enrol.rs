@@ -290,6 +290,7 @@ async fn answer(
 fn grant_of(state: &Applied, issuer: &Issuer, device: Id, issued: &Issued, now_ms: u64) -> Result<Vec<u8>, Problem> {
     let device = state.by_id::<Device>(device).filter(|device| !device.revoked);
     let user = device.as_ref().and_then(|device| state.by_id::<User>(device.user?)).filter(|user| user.active);
+    let user = user.filter(|user| !state.is_held(user.id(), user.vouched_epoch));
     let (Some(device), Some(user)) = (device, user) else {
         return Err(Problem::forbidden("the person or the device was disabled meanwhile"));
     };
@@ -314,7 +315,7 @@ fn grant_of(state: &Applied, issuer: &Issuer, device: Id, issued: &Issued, now_m
     grant::sign(&login, |bytes| issuer.sign_grant(bytes)).map_err(|error| Problem::internal(&error))
 }
 
-fn brokers(context: &Context, issuer: &Issuer, state: &Applied, now_ms: u64) -> Result<Brokers, Problem> {
+pub(super) fn brokers(context: &Context, issuer: &Issuer, state: &Applied, now_ms: u64) -> Result<Brokers, Problem> {
     if let Some(signed) = context.edge.as_ref().and_then(|edge| edge.broker_list()) {
         return Ok(signed);
     }

@@ -16,22 +16,40 @@ use axum::routing::post;
 use selvedge_domain::command::Subject;
 use selvedge_domain::rows::Broker;
 use selvedge_domain::{Asker, State as Applied};
+use selvedge_proto::control::Brokers;
 use selvedge_proto::identity::{Kind, Peer};
-use selvedge_proto::renewal::{Error, PATH, Renewal, Renewed};
+use selvedge_proto::renewal::{BROKERS_PATH, Error, KnownBrokers, PATH, Renewal, Renewed};
 
 use super::auth::Need;
-use super::enrol::{elsewhere, limit, refused_request};
+use super::enrol::{brokers, elsewhere, limit, refused_request};
 use super::input::Input;
 use super::metrics::REQUESTS_REFUSED_TOTAL;
 use super::router::Route;
 use super::{Context, Problem};
+use crate::edge::knock;
 use crate::edge::standing::{self, Unfit};
 
 /// A renewal is judged on a state that is at most so much in the making.
 const FRESH_WAIT: Duration = Duration::from_secs(5);
 
 pub(super) fn routes() -> Vec<Route> {
-    vec![Route { path: PATH.to_owned(), need: Need::Nothing, read: None, handlers: post(renew) }]
+    vec![
+        Route { path: PATH.to_owned(), need: Need::Nothing, read: None, handlers: post(renew) },
+        Route { path: BROKERS_PATH.to_owned(), need: Need::Nothing, read: None, handlers: post(known_brokers) },
+    ]
+}
+
+/// Tells an end that reaches none of the brokers that it knows which ones there are, if it still stands.
+async fn known_brokers(State(context): State<Arc<Context>>, request: Request) -> Result<Json<KnownBrokers>, Problem> {
+    limit(&context, &request)?;
+    let Input(asked) = <Input<Renewal> as axum::extract::FromRequest<_>>::from_request(request, &context).await?;
+    let issuer = context.issuer.clone().ok_or_else(|| elsewhere(&context.cluster.state()))?;
+    let (state, _) = standing_of(&context, &asked).await?;
+    let now_ms = context.cluster.now_ms();
+    let Brokers { list, signature, signer } = brokers(&context, &issuer, &state, now_ms)?;
+    let secret = state.cluster().unwrap_or_default().knock_secret;
+    let knock_keys = knock::keys_at(&secret, now_ms).iter().map(hex::encode).collect();
+    Ok(Json(KnownBrokers { list, signature, signer, knock_keys }))
 }
 
 async fn renew(State(context): State<Arc<Context>>, request: Request) -> Result<Response, Problem> {
@@ -45,18 +63,8 @@ async fn renew(State(context): State<Arc<Context>>, request: Request) -> Result<
 
 async fn whole(context: &Context, renewal: &Renewal, source: SocketAddr) -> Result<Renewed, Problem> {
     let issuer = context.issuer.clone().ok_or_else(|| elsewhere(&context.cluster.state()))?;
-    let peer = renewal.verify(&context.anchors, context.cluster.now_ms()).map_err(|error| {
-        // A stranger: counted, not recorded.
-        ::metrics::counter!(REQUESTS_REFUSED_TOTAL, "reason" => "credential").increment(1);
-        match error {
-            Error::TooLate => Problem::forbidden(error.to_string()),
-            Error::Identity(_) | Error::Signature => Problem::unauthenticated(error.to_string()),
-        }
-    })?;
-    let state = context.cluster.linearizable(FRESH_WAIT).await?;
+    let (state, (peer, of)) = standing_of(context, renewal).await?;
     let now_ms = context.cluster.now_ms();
-    let of = stands(&state, &peer, now_ms)
-        .map_err(|unfit| Problem::forbidden(format!("`{}` is not certified again: {}", peer.id, unfit.as_str())))?;
     let (kind, id) = (peer.id.kind(), peer.id.id());
     let host = match of {
         Subject::Broker(node) => state.broker(node).map(|broker| broker.host).filter(|host| !host.is_empty()),
@@ -71,6 +79,22 @@ async fn whole(context: &Context, renewal: &Renewal, source: SocketAddr) -> Resu
     context.record(&peer.id.to_string(), "", &source.to_string(), "renew", &format!("{kind}/{id}"), &result).await;
     result?;
     Ok(Renewed { chain_pem: issued.chain_pem })
+}
+
+/// Who asks, with a key that was certified, and that they still stand in a state that is fresh.
+async fn standing_of(context: &Context, renewal: &Renewal) -> Result<(Arc<Applied>, (Peer, Subject)), Problem> {
+    let peer = renewal.verify(&context.anchors, context.cluster.now_ms()).map_err(|error| {
+        // A stranger: counted, not recorded.
+        ::metrics::counter!(REQUESTS_REFUSED_TOTAL, "reason" => "credential").increment(1);
+        match error {
+            Error::TooLate => Problem::forbidden(error.to_string()),
+            Error::Identity(_) | Error::Signature => Problem::unauthenticated(error.to_string()),
+        }
+    })?;
+    let state = context.cluster.linearizable(FRESH_WAIT).await?;
+    let of = stands(&state, &peer, context.cluster.now_ms())
+        .map_err(|unfit| Problem::forbidden(format!("`{}` is not certified again: {}", peer.id, unfit.as_str())))?;
+    Ok((state, (peer, of)))
 }
 
 /// Whether the holder of a certificate may have another, whenever it ended.

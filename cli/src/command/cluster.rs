@@ -99,6 +99,23 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Save and inspect snapshots of the state
+    #[command(subcommand)]
+    Snapshot(super::restore::Snapshot),
+    /// Make this machine the first broker of the cluster's next epoch, from a snapshot; `selvedge broker` then starts it
+    ///
+    /// For when all brokers are lost. Everybody in the snapshot is held until somebody vouches for them, since the
+    /// snapshot may be older than a revocation; `--revocations` says what is known of those.
+    Restore(super::restore::Restore),
+    /// Make this machine the first broker of the cluster's next epoch, from data directories that are left of it
+    ///
+    /// For when a majority of the voters is lost, or all machines but not their disks. The directory that has the most of
+    /// the log goes on. All brokers must be stopped; the directories are only read.
+    Recover(super::restore::Recover),
+    /// Let be what is held since the cluster was restored; people are let be by their directory, which pushes them again
+    Release(super::restore::Release),
+    /// Set cluster time forward, after the brokers' clocks stepped by more than an hour; it never goes back
+    SetTime(super::restore::SetTime),
     /// Change the freshness lease and the hold
     Settings {
         /// A broker that hears from no majority for so long stops forwarding
@@ -200,6 +217,11 @@ pub async fn run(command: Command, global: &Global) -> anyhow::Result<ExitCode> 
         }
         Command::Replace(args) => return replace(args, global).await,
         Command::Doctor(args) => return super::doctor::run(args, global).await,
+        Command::Snapshot(command) => return super::restore::snapshot(command, global).await,
+        Command::Restore(args) => return super::restore::restore(args, global).await,
+        Command::Recover(args) => return super::restore::recover(args, global).await,
+        Command::Release(args) => return super::restore::release(args, global).await,
+        Command::SetTime(args) => return super::restore::set_time(args, global).await,
         Command::Status { json } => return status(&super::client(global)?, json).await,
         _ => {}
     }
@@ -211,6 +233,11 @@ pub async fn run(command: Command, global: &Global) -> anyhow::Result<ExitCode> 
         | Command::AddLearner(_)
         | Command::Replace(_)
         | Command::Doctor(_)
+        | Command::Snapshot(_)
+        | Command::Restore(_)
+        | Command::Recover(_)
+        | Command::Release(_)
+        | Command::SetTime(_)
         | Command::Status { .. } => Ok(ExitCode::SUCCESS),
         Command::Drain { broker, deadline, undo, detach, wait, json } => {
             let node = node_of(&client, &broker).await?;

@@ -50,6 +50,7 @@ pub async fn users(Named::List { name, json }: Named, global: &Global) -> anyhow
         ("name", "/display_name"),
         ("directory", "/directory"),
         ("active", "/active"),
+        ("held", "/held"),
         ("groups", "/groups"),
         ("devices", "/devices"),
     ];
@@ -75,7 +76,7 @@ async fn named(
 
 pub async fn devices(Plain::List { json }: Plain, global: &Global) -> anyhow::Result<ExitCode> {
     let answer: Value = super::client(global)?.read("/api/v1/devices", &[]).await?;
-    let columns = [("id", "/id"), ("name", "/name"), ("user", "/user"), ("revoked", "/revoked")];
+    let columns = [("id", "/id"), ("name", "/name"), ("user", "/user"), ("revoked", "/revoked"), ("held", "/held")];
     output::list(&answer, "devices", &columns, json)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -85,7 +86,13 @@ pub async fn workload(command: Workload, global: &Global) -> anyhow::Result<Exit
         Workload::Enrol(args) => super::client::enrol(args, true).await,
         Workload::List { json } => {
             let answer: Value = super::client(global)?.read("/api/v1/workloads", &[]).await?;
-            let columns = [("id", "/id"), ("name", "/name"), ("instances", "/instances"), ("revoked", "/revoked")];
+            let columns = [
+                ("id", "/id"),
+                ("name", "/name"),
+                ("instances", "/instances"),
+                ("revoked", "/revoked"),
+                ("held", "/held"),
+            ];
             output::list(&answer, "workloads", &columns, json)?;
             Ok(ExitCode::SUCCESS)
         }

@@ -13,6 +13,7 @@ pub mod events;
 pub mod explain;
 pub mod identity;
 pub mod keys;
+pub mod restore;
 pub mod revoke;
 
 use std::process::ExitCode;

@@ -14,6 +14,7 @@ mod page;
 mod records;
 mod reference;
 mod regions;
+mod restore;
 mod shop;
 mod syslog;
 mod telemetry;

@@ -65,11 +65,12 @@ impl peer_server::Peer for PeerService {
         request: Request<wire::ReadIndexRequest>,
     ) -> Result<Response<wire::ReadIndexReply>, Status> {
         let caller = Caller::of(&request)?;
-        if request.into_inner().for_lease {
-            self.0.note_holder(caller.node);
-        }
         use wire::read_index_reply::Result as Reply;
-        let result = match self.0.read_index_here().await {
+        let index = match request.into_inner().for_lease {
+            true => self.0.lease_index_here(caller.node).await,
+            false => self.0.read_index_here().await,
+        };
+        let result = match index {
             Ok(index) => Reply::Index(index),
             Err(NoReadIndex::NotLeader(leader)) => Reply::NotLeader(not_leader(leader)),
             Err(NoReadIndex::NoQuorum) => Reply::NoQuorum(wire::Empty {}),

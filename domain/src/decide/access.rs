@@ -76,6 +76,14 @@ pub(super) fn put_directory(draft: &mut Draft, name: &str, token_sha256: &[u8; 3
 
 pub(super) fn revoke(draft: &mut Draft, subject: Subject) -> Result<(), Rejected> {
     draft.need_role(AdminRole::Admin)?;
+    if matches!(subject, Subject::Broker(_)) {
+        draft.need_role(AdminRole::Owner)?;
+    }
+    void(draft, subject)
+}
+
+/// Makes everything void that names a subject.
+pub(super) fn void(draft: &mut Draft, subject: Subject) -> Result<(), Rejected> {
     match subject {
         Subject::Device(id) => {
             let mut device = draft.state.by_id::<Device>(id).ok_or_else(|| not_found("device", id))?;
@@ -96,7 +104,6 @@ pub(super) fn revoke(draft: &mut Draft, subject: Subject) -> Result<(), Rejected
             draft.emit(Event::ConnectorPut(connector));
         }
         Subject::Broker(node) => {
-            draft.need_role(AdminRole::Owner)?;
             let mut broker = draft.state.row::<Broker>(&node.to_be_bytes()).ok_or_else(|| not_found("broker", node))?;
             broker.removed = true;
             broker.generation += 1;

@@ -1,7 +1,7 @@
 //! The cluster itself: initialisation, brokers, settings, proposing clients.
 
 use crate::command::{ActorKind, InitCluster, PutBroker, Rejected, RejectedCode};
-use crate::event::{Event, JournalCompacted};
+use crate::event::{Event, JournalCompacted, TimeSet};
 use crate::limits::{CLIENT_IDLE_MS_MAX, CLIENTS_MAX, DRAIN_MS_MAX, JOURNAL_KEEP_MS_MIN, LEASE_MS_MAX, LEASE_MS_MIN};
 use crate::rows::{AdminRole, Broker, BrokerRole, Client, Cluster, Token};
 use crate::state::Table;
@@ -26,6 +26,7 @@ pub(super) fn init(draft: &mut Draft, init: &InitCluster) -> Result<(), Rejected
         policy_revision: 1,
         knock_secret: init.knock_secret.to_vec(),
         journal_keep_ms: 0,
+        held_before_epoch: 0,
     }));
     let id = draft.next_id();
     draft.emit(Event::TokenPut(Token {
@@ -82,7 +83,7 @@ pub(super) fn register_client(draft: &mut Draft, boot: u64) -> Result<(), Reject
 pub(super) fn put_broker(draft: &mut Draft, put: &PutBroker) -> Result<(), Rejected> {
     check_name(&put.name)?;
     let old = draft.state.row::<Broker>(&put.node.to_be_bytes());
-    let first = draft.actor.kind == ActorKind::Bootstrap && draft.state.count(Table::Broker) == 0;
+    let first = draft.actor.kind == ActorKind::Bootstrap && draft.state.rows::<Broker>().all(|broker| broker.removed);
     let own = draft.actor.kind == ActorKind::Broker && draft.proposer == put.node && old.is_some();
     if !first && !own {
         draft.need_role(AdminRole::Owner)?;
@@ -170,6 +171,17 @@ pub(super) fn keep_journal(draft: &mut Draft, keep_ms: u64) -> Result<(), Reject
         cluster.journal_keep_ms = keep_ms;
         draft.emit(Event::ClusterPut(cluster));
     }
+    Ok(())
+}
+
+pub(super) fn set_time(draft: &mut Draft, time_ms: u64) -> Result<(), Rejected> {
+    draft.need_role(AdminRole::Owner)?;
+    let from_ms = draft.now_ms();
+    if time_ms <= from_ms {
+        return Err(invalid("cluster time never goes back"));
+    }
+    draft.set_time(time_ms);
+    draft.emit(Event::TimeSet(TimeSet { from_ms, to_ms: time_ms }));
     Ok(())
 }
 

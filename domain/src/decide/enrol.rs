@@ -50,6 +50,7 @@ pub(super) fn create_key(draft: &mut Draft, create: &CreateEnrolKey) -> Result<(
                         keys_sha256: Vec::new(),
                         generation: 1,
                         revoked: false,
+                        vouched_epoch: 0,
                     }));
                     Some(id)
                 }
@@ -140,12 +141,14 @@ fn make(draft: &mut Draft, key: &EnrolKey, name: &str, enrol: &Enrol) -> Result<
                 generation: 1,
                 revoked: false,
                 enrolled_ms,
+                vouched_epoch: 0,
             }));
             Ok(Some(id))
         }
         EnrolKind::Device => {
             let user = draft.state.by_id::<User>(target).filter(|user| user.active);
-            user.ok_or_else(|| Rejected::new(RejectedCode::KeyVoid, "the person is not active"))?;
+            let user = user.ok_or_else(|| Rejected::new(RejectedCode::KeyVoid, "the person is not active"))?;
+            not_held(draft, user.id(), user.vouched_epoch)?;
             draft.emit(Event::DevicePut(Device {
                 id: Some(id),
                 user: Some(target),
@@ -154,6 +157,7 @@ fn make(draft: &mut Draft, key: &EnrolKey, name: &str, enrol: &Enrol) -> Result<
                 generation: 1,
                 revoked: false,
                 enrolled_ms,
+                vouched_epoch: 0,
             }));
             Ok(Some(id))
         }
@@ -162,6 +166,7 @@ fn make(draft: &mut Draft, key: &EnrolKey, name: &str, enrol: &Enrol) -> Result<
             if workload.revoked {
                 return Err(Rejected::new(RejectedCode::KeyVoid, "the workload was revoked"));
             }
+            not_held(draft, target, workload.vouched_epoch)?;
             workload.keys_sha256.push(enrol.key_sha256.to_vec());
             draft.emit(Event::WorkloadPut(workload));
             Ok(Some(target))
@@ -192,17 +197,29 @@ pub(super) fn certificate_issued(draft: &mut Draft, issued: &CertificateIssued) 
     if draft.state.row::<Certificate>(issued.serial.as_bytes()).is_some() {
         return Err(Rejected::new(RejectedCode::Conflict, "the serial number was used before"));
     }
-    let generation = match issued.of {
-        Subject::Device(id) => draft.state.by_id::<Device>(id).filter(|d| !d.revoked).map(|d| d.generation),
-        Subject::Workload(id) => draft.state.by_id::<Workload>(id).filter(|w| !w.revoked).map(|w| w.generation),
-        Subject::Connector(id) => draft.state.by_id::<Connector>(id).filter(|c| !c.revoked).map(|c| c.generation),
+    let found = match issued.of {
+        Subject::Device(id) => {
+            let device = draft.state.by_id::<Device>(id).filter(|device| !device.revoked);
+            device.map(|device| (device.generation, device.vouched_epoch, id))
+        }
+        Subject::Workload(id) => {
+            let workload = draft.state.by_id::<Workload>(id).filter(|workload| !workload.revoked);
+            workload.map(|workload| (workload.generation, workload.vouched_epoch, id))
+        }
+        Subject::Connector(id) => {
+            let connector = draft.state.by_id::<Connector>(id).filter(|connector| !connector.revoked);
+            connector.map(|connector| (connector.generation, connector.vouched_epoch, id))
+        }
         Subject::Broker(node) => {
             let broker = draft.state.row::<Broker>(&node.to_be_bytes());
-            broker.filter(|b| !b.removed).map(|b| b.generation).or(first.then_some(1))
+            let generation = broker.filter(|broker| !broker.removed).map(|broker| broker.generation);
+            // Brokers are never held.
+            generation.or(first.then_some(1)).map(|generation| (generation, u32::MAX, Id::default()))
         }
     };
-    let generation =
-        generation.ok_or_else(|| Rejected::new(RejectedCode::Forbidden, "the subject is not there or was revoked"))?;
+    let (generation, vouched_epoch, id) =
+        found.ok_or_else(|| Rejected::new(RejectedCode::Forbidden, "the subject is not there or was revoked"))?;
+    not_held(draft, id, vouched_epoch)?;
     draft.emit(Event::CertificatePut(Certificate {
         serial: issued.serial.clone(),
         subject: issued.subject.clone(),
@@ -211,6 +228,14 @@ pub(super) fn certificate_issued(draft: &mut Draft, issued: &CertificateIssued) 
         revoked: false,
         generation,
     }));
+    Ok(())
+}
+
+fn not_held(draft: &Draft, id: Id, vouched_epoch: u32) -> Result<(), Rejected> {
+    if draft.state.is_held(id, vouched_epoch) {
+        let message = "it is held since the cluster was restored, until somebody vouches for it";
+        return Err(Rejected::new(RejectedCode::Forbidden, message));
+    }
     Ok(())
 }
 

@@ -9,8 +9,11 @@ mod apply;
 mod availability;
 mod cluster;
 mod enrol;
+mod epoch;
 mod group;
 mod remember;
+#[cfg(test)]
+mod restored_tests;
 #[cfg(test)]
 mod tests;
 mod user;
@@ -27,6 +30,8 @@ use crate::limits::{JOURNAL_MARK_EVERY, MEMBERS_ROW_MAX};
 use crate::rows::{self, AdminRole, Members, Row};
 use crate::state::{Changes, IndexKey, JournalRow, Meta, State, Table};
 
+pub(crate) use epoch::begin_epoch;
+pub use epoch::{BeginEpoch, Beyond};
 pub(crate) use remember::Memory;
 use remember::forget_all;
 
@@ -50,15 +55,20 @@ pub(crate) struct Draft {
 }
 
 impl Draft {
-    pub fn new(mut state: State, time_ms: u64, command: &Command) -> Self {
+    pub fn new(state: State, time_ms: u64, command: &Command) -> Self {
+        Self::by(state, time_ms, command.proposer, command.actor.clone())
+    }
+
+    /// What `actor` asks for through the broker `proposer`.
+    pub fn by(mut state: State, time_ms: u64, proposer: u64, actor: Actor) -> Self {
         state.meta.time_ms = state.meta.time_ms.max(time_ms);
         let meta_before = state.meta.clone();
         Self {
             time_ms: state.meta.time_ms,
             state,
             ids: Vec::new(),
-            proposer: command.proposer,
-            actor: command.actor.clone(),
+            proposer,
+            actor,
             changes: Changes::default(),
             before: Vec::new(),
             meta_before,
@@ -127,6 +137,17 @@ impl Draft {
         self.changes.compact_journal_upto = Some(upto_seq);
     }
 
+    /// Moves cluster time forward.
+    pub fn set_time(&mut self, time_ms: u64) {
+        self.time_ms = time_ms;
+        self.state.meta.time_ms = time_ms;
+    }
+
+    /// What happens from here on is of another epoch; the numbers of events go on.
+    pub fn enter_epoch(&mut self, epoch: u32) {
+        self.state.meta.position = Some(Id::new(epoch, self.state.position().seq));
+    }
+
     /// The state after the command, and what it changed.
     pub fn finish(mut self) -> (State, Changes) {
         if let Some(last) = self.changes.events.last_mut() {
@@ -170,7 +191,7 @@ impl Draft {
             Event::CertificatePut(row) => self.put(row),
             Event::AvailabilityPut(row) => self.put(row),
             Event::ClientPut(row) => self.put(row),
-            Event::JournalCompacted(_) => {}
+            Event::JournalCompacted(_) | Event::EpochBegan(_) | Event::TimeSet(_) => {}
             Event::Deleted(gone) => self.evolve_deleted(gone),
         }
     }
@@ -346,11 +367,13 @@ pub(crate) fn decide(draft: &mut Draft, command: &Command) -> Result<(), Rejecte
         Body::PutSettings { lease_ms, hold_ms } => cluster::put_settings(draft, *lease_ms, *hold_ms),
         Body::CompactJournal { upto_seq } => cluster::compact_journal(draft, *upto_seq),
         Body::KeepJournal { keep_ms } => cluster::keep_journal(draft, *keep_ms),
+        Body::SetTime { time_ms } => cluster::set_time(draft, *time_ms),
         Body::Apply(change) => apply::apply(draft, change),
         Body::CreateToken { name, role, secret_sha256 } => access::create_token(draft, name, *role, secret_sha256),
         Body::RevokeToken { id } => access::revoke_token(draft, *id),
         Body::PutDirectory { name, token_sha256 } => access::put_directory(draft, name, token_sha256),
         Body::Revoke { subject } => access::revoke(draft, *subject),
+        Body::Release(release) => epoch::release(draft, *release),
         Body::CreateUser(fields) => user::create(draft, fields),
         Body::ReplaceUser { id, version, fields } => user::replace(draft, *id, *version, fields),
         Body::DeleteUser { id, version } => user::delete(draft, *id, *version),

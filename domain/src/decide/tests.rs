@@ -7,17 +7,17 @@ use crate::rows::{self, AdminRole, EnrolKind};
 use crate::spec;
 use crate::state::{Changes, IndexKey, State, last_changes};
 
-const NODE: u64 = 7;
+pub(super) const NODE: u64 = 7;
 
 /// A cluster of one broker with an owner's token and a directory, driven by commands.
-struct World {
-    state: State,
-    changes: Changes,
-    now_ms: u64,
+pub(super) struct World {
+    pub(super) state: State,
+    pub(super) changes: Changes,
+    pub(super) now_ms: u64,
 }
 
 impl World {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let mut world = Self { state: State::default(), changes: Changes::default(), now_ms: 1_000_000 };
         let init = InitCluster {
             cluster_id: [1; 16],
@@ -50,19 +50,19 @@ impl World {
     }
 
     /// The holder of the enrolment secret that [`key`] makes; while there is none, of one that nobody knows.
-    fn enrolment(&self) -> Actor {
+    pub(super) fn enrolment(&self) -> Actor {
         let key = self.state.find::<rows::EnrolKey>(IndexKey::secret(&[7; 32]));
         Actor::enrolment(key.map(|key| key.id()).unwrap_or_default())
     }
 
-    fn done(&mut self, actor: Actor, body: Body) -> Vec<Id> {
+    pub(super) fn done(&mut self, actor: Actor, body: Body) -> Vec<Id> {
         match self.propose(actor, body) {
             Outcome::Done { ids, .. } => ids,
             Outcome::Refused(rejected) => panic!("refused: {rejected}"),
         }
     }
 
-    fn refused(&mut self, actor: Actor, body: Body) -> RejectedCode {
+    pub(super) fn refused(&mut self, actor: Actor, body: Body) -> RejectedCode {
         let before = (self.state.state_hash(), self.state.position());
         match self.propose(actor, body) {
             Outcome::Done { .. } => panic!("not refused"),
@@ -73,22 +73,22 @@ impl World {
         }
     }
 
-    fn owner(&self) -> Actor {
+    pub(super) fn owner(&self) -> Actor {
         let token = self.state.find::<rows::Token>(IndexKey::name("owner")).expect("made by init");
         Actor::token(token.id(), token.generation)
     }
 
-    fn directory(&self) -> Actor {
+    pub(super) fn directory(&self) -> Actor {
         let directory = self.state.find::<rows::Directory>(IndexKey::name("demo")).expect("made by new");
         Actor::directory(directory.id(), directory.generation)
     }
 
-    fn user(&mut self, name: &str) -> Id {
+    pub(super) fn user(&mut self, name: &str) -> Id {
         self.done(self.directory(), Body::CreateUser(user(name)))[0]
     }
 }
 
-fn broker(node: u64) -> Body {
+pub(super) fn broker(node: u64) -> Body {
     Body::PutBroker(PutBroker {
         node,
         name: format!("b{node}"),
@@ -101,7 +101,7 @@ fn broker(node: u64) -> Body {
     })
 }
 
-fn user(name: &str) -> UserFields {
+pub(super) fn user(name: &str) -> UserFields {
     UserFields {
         user_name: name.into(),
         external_id: String::new(),
@@ -111,7 +111,7 @@ fn user(name: &str) -> UserFields {
     }
 }
 
-fn key(kind: EnrolKind, target: &str, uses_max: u32) -> Body {
+pub(super) fn key(kind: EnrolKind, target: &str, uses_max: u32) -> Body {
     Body::CreateEnrolKey(CreateEnrolKey {
         kind: kind as i32,
         name: "k".into(),
@@ -122,7 +122,7 @@ fn key(kind: EnrolKind, target: &str, uses_max: u32) -> Body {
     })
 }
 
-fn enrol(kind: EnrolKind, key: u8) -> Body {
+pub(super) fn enrol(kind: EnrolKind, key: u8) -> Body {
     Body::Enrol(Enrol { secret_sha256: [7; 32], kind: kind as i32, key_sha256: [key; 32], name: "x".into(), node: 0 })
 }
 
@@ -145,14 +145,14 @@ fn put(object: spec::Object) -> ApplyPut {
     ApplyPut { object, compiled: None }
 }
 
-fn group_objects() -> Vec<ApplyPut> {
+pub(super) fn group_objects() -> Vec<ApplyPut> {
     vec![
         put(spec::Object::ConnectorGroup(spec::ConnectorGroup { name: "g".into(), region: "eu".into() })),
         put(spec::Object::Region(spec::Region { name: "eu".into(), latitude: 50.0, longitude: 8.0 })),
     ]
 }
 
-fn apply(puts: Vec<ApplyPut>) -> Body {
+pub(super) fn apply(puts: Vec<ApplyPut>) -> Body {
     Body::Apply(Apply { puts, deletes: vec![], expect_revision: None })
 }
 

@@ -30,6 +30,7 @@ pub(super) fn create(draft: &mut Draft, fields: &UserFields) -> Result<(), Rejec
         created_ms: now_ms,
         modified_ms: now_ms,
         version: 1,
+        vouched_epoch: 0,
     }));
     draft.ids.push(id);
     Ok(())
@@ -40,10 +41,15 @@ pub(super) fn replace(draft: &mut Draft, id: Id, version: Option<u64>, fields: &
     let mut user = owned(draft, directory, id)?;
     check_version(version, user.version)?;
     check(draft, directory, fields, Some(id))?;
+    let held = draft.state.is_held(id, user.vouched_epoch);
+    if held {
+        // The directory says that there is such a person, also when it says nothing new.
+        user.vouched_epoch = draft.state.position().epoch;
+    }
     if user.active && !fields.active {
         user.generation += 1;
     }
-    let mut changed = user.active != fields.active;
+    let mut changed = held || user.active != fields.active;
     user.active = fields.active;
     for (is, should) in [
         (&mut user.user_name, &fields.user_name),

@@ -70,6 +70,8 @@ pub enum Reason {
     PrincipalRevoked,
     /// The device that the principal uses is revoked or unknown.
     DeviceRevoked,
+    /// The cluster was restored from an earlier state, and nobody has vouched for the principal or its device since.
+    Restored,
     /// The indexes are of another policy revision than the state.
     Stale,
     /// The request could not be put to the policies.
@@ -93,6 +95,7 @@ impl Reason {
             Self::PrincipalInactive => "principal_inactive",
             Self::PrincipalRevoked => "principal_revoked",
             Self::DeviceRevoked => "device_revoked",
+            Self::Restored => "restored",
             Self::Stale => "stale",
             Self::Unanswerable { .. } => "unanswerable",
         }
@@ -112,6 +115,7 @@ impl std::fmt::Display for Reason {
             Self::PrincipalInactive => f.write_str("the user is not active"),
             Self::PrincipalRevoked => f.write_str("the principal is revoked"),
             Self::DeviceRevoked => f.write_str("the device is revoked or unknown"),
+            Self::Restored => f.write_str("the cluster was restored, and nobody has vouched for it since"),
             Self::Stale => f.write_str("the policy is being loaded"),
             Self::Unanswerable { message } => write!(f, "the request could not be evaluated: {message}"),
         }
@@ -173,23 +177,27 @@ impl Subject {
     /// Who asks, also when they may not: a reason stands beside it.
     pub fn find(state: &State, principal: Principal) -> Option<(Self, Option<Reason>)> {
         let subject = |kind, id, name, groups| Self { kind, id, name, groups };
+        let held = |id, vouched_epoch| state.is_held(id, vouched_epoch).then_some(Reason::Restored);
         match principal {
             Principal::User(id) => {
                 let user: rows::User = state.by_id(id)?;
                 let group_of =
                     |number: &u32| state.find::<rows::Group>(IndexKey::Number(*number)).map(|group| group.id());
                 let groups = user.groups.iter().filter_map(group_of).collect();
-                let barred = (!user.active).then_some(Reason::PrincipalInactive);
+                let barred =
+                    (!user.active).then_some(Reason::PrincipalInactive).or_else(|| held(id, user.vouched_epoch));
                 Some((subject("User", id, user.user_name, groups), barred))
             }
             Principal::Workload(id) => {
                 let workload: rows::Workload = state.by_id(id)?;
                 let barred = workload.revoked.then_some(Reason::PrincipalRevoked);
+                let barred = barred.or_else(|| held(id, workload.vouched_epoch));
                 Some((subject("Workload", id, workload.name, Vec::new()), barred))
             }
             Principal::Device(id) => {
                 let device: rows::Device = state.by_id(id)?;
                 let barred = device.revoked.then_some(Reason::PrincipalRevoked);
+                let barred = barred.or_else(|| held(id, device.vouched_epoch));
                 Some((subject("Device", id, device.name, Vec::new()), barred))
             }
         }
@@ -200,10 +208,11 @@ impl Subject {
         if let Some(reason) = barred {
             return Err(reason);
         }
-        let device_fine = |id| state.by_id::<rows::Device>(id).is_some_and(|device| !device.revoked);
-        match request.context.device {
-            Some(id) if !device_fine(id) => Err(Reason::DeviceRevoked),
-            _ => Ok(subject),
+        let Some(id) = request.context.device else { return Ok(subject) };
+        match state.by_id::<rows::Device>(id).filter(|device| !device.revoked) {
+            None => Err(Reason::DeviceRevoked),
+            Some(device) if state.is_held(id, device.vouched_epoch) => Err(Reason::Restored),
+            Some(_) => Ok(subject),
         }
     }
 

@@ -312,6 +312,10 @@ fn change(explanation: &Explanation, subject: Option<&Subject>, traced: &[Traced
         }
         Reason::PrincipalInactive => Some(format!("activate `{}` in its directory", subject?.name)),
         Reason::PrincipalRevoked => Some(format!("enrol `{}` again", subject?.name)),
+        Reason::Restored => Some(match subject?.kind {
+            "User" => format!("have the directory push `{}` again, or release the device", subject?.name),
+            _ => format!("release `{}`", subject?.name),
+        }),
         Reason::DeviceRevoked => Some("enrol the device again".into()),
         Reason::Forbidden { policy } => Some(format!("narrow or remove policy `{}`", policy.name)),
         Reason::PolicyError { policy, .. } => Some(format!("correct policy `{}`", policy.name)),

@@ -35,6 +35,9 @@ pub struct Cluster {
     /// How long the event journal is kept, milliseconds; the default when 0.
     #[prost(uint64, tag = "9")]
     pub journal_keep_ms: u64,
+    /// Users, devices, workloads and connectors for which nobody has vouched in this epoch or a later one are held.
+    #[prost(uint32, tag = "10")]
+    pub held_before_epoch: u32,
 }
 
 impl Cluster {

@@ -28,6 +28,9 @@ pub struct Device {
     /// Enrolled at.
     #[prost(uint64, tag = "7")]
     pub enrolled_ms: u64,
+    /// The last epoch in which somebody vouched for it; 0 when nobody had to since it was made.
+    #[prost(uint32, tag = "8")]
+    pub vouched_epoch: u32,
 }
 by_id!(Device, Table::Device, |_r| vec![]);
 
@@ -49,6 +52,9 @@ pub struct Workload {
     /// Revoked.
     #[prost(bool, tag = "5")]
     pub revoked: bool,
+    /// The last epoch in which somebody vouched for it; 0 when nobody had to since it was made.
+    #[prost(uint32, tag = "6")]
+    pub vouched_epoch: u32,
 }
 by_id!(Workload, Table::Workload, |r| vec![IndexKey::name(&r.name)]);
 
@@ -76,6 +82,9 @@ pub struct Connector {
     /// Enrolled at.
     #[prost(uint64, tag = "7")]
     pub enrolled_ms: u64,
+    /// The last epoch in which somebody vouched for it; 0 when nobody had to since it was made.
+    #[prost(uint32, tag = "8")]
+    pub vouched_epoch: u32,
 }
 by_id!(Connector, Table::Connector, |_r| vec![]);
 

@@ -13,14 +13,20 @@ pub struct Directory {
     /// Unique name.
     #[prost(string, tag = "2")]
     pub name: String,
-    /// SHA-256 of its SCIM bearer token.
+    /// SHA-256 of its SCIM bearer token; empty when the one that it had is void.
     #[prost(bytes = "vec", tag = "3")]
     pub token_sha256: Vec<u8>,
     /// Raised when the token is replaced.
     #[prost(uint64, tag = "4")]
     pub generation: u64,
 }
-by_id!(Directory, Table::Directory, |r| vec![IndexKey::name(&r.name), IndexKey::Secret(r.token_sha256.clone())]);
+by_id!(Directory, Table::Directory, |r| {
+    let mut keys = vec![IndexKey::name(&r.name)];
+    if !r.token_sha256.is_empty() {
+        keys.push(IndexKey::Secret(r.token_sha256.clone()));
+    }
+    keys
+});
 
 /// A person.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -64,6 +70,9 @@ pub struct User {
     /// Counts changes; the ETag.
     #[prost(uint64, tag = "13")]
     pub version: u64,
+    /// The last epoch in which somebody vouched for it; 0 when nobody had to since it was made.
+    #[prost(uint32, tag = "14")]
+    pub vouched_epoch: u32,
 }
 
 impl User {

@@ -19,8 +19,8 @@ pub use hash::StateHash;
 pub use read::Unnamed;
 pub use table::{IndexKey, Table};
 
-use crate::command::{Body, Command, Outcome, Rejected};
-use crate::decide::{self, Draft, Memory};
+use crate::command::{Actor, Body, Command, Outcome, Rejected};
+use crate::decide::{self, BeginEpoch, Draft, Memory};
 use crate::event::Envelope;
 use crate::id::Id;
 use crate::rows::{self, Row};
@@ -212,6 +212,23 @@ impl State {
         changes.events.extend(made.events);
         changes.compact_journal_upto = made.compact_journal_upto.or(changes.compact_journal_upto);
         outcome
+    }
+
+    /// Begins the next epoch from this state. Not a command: no log carries it, so that nobody can propose it.
+    ///
+    /// **Errors**: nothing was changed.
+    pub fn begin_epoch(
+        &mut self,
+        time_ms: u64,
+        begin: &BeginEpoch,
+        changes: &mut Changes,
+    ) -> Result<Vec<Id>, Rejected> {
+        let mut draft = Draft::by(self.clone(), time_ms, begin.broker.node, Actor::BOOTSTRAP);
+        decide::begin_epoch(&mut draft, begin)?;
+        let ids = std::mem::take(&mut draft.ids);
+        let (state, made) = draft.finish();
+        (*self, *changes) = (state, made);
+        Ok(ids)
     }
 
     /// Whether a command would be refused by the state as it is now; the proposer asks before it proposes.

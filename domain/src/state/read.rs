@@ -30,6 +30,14 @@ impl State {
         user.groups.iter().filter_map(|number| self.find::<Group>(IndexKey::Number(*number)))
     }
 
+    /// Whether a user, device, workload or connector is held: the state was restored from an earlier one, and nobody has
+    /// vouched for it since.
+    pub fn is_held(&self, id: Id, vouched_epoch: u32) -> bool {
+        let vouched = id.epoch.max(vouched_epoch);
+        // Most are of this epoch; then the cluster's row is not looked at.
+        vouched < self.position().epoch && self.cluster().is_some_and(|cluster| vouched < cluster.held_before_epoch)
+    }
+
     /// A broker that is a member.
     pub fn broker(&self, node: u64) -> Option<Broker> {
         self.row::<Broker>(&node.to_be_bytes()).filter(|broker| !broker.removed)

@@ -26,6 +26,18 @@ macro_rules! tables {
                 }
             }
 
+            /// Its name, for people and scripts.
+            pub fn name(self) -> String {
+                let mut name = String::new();
+                for c in format!("{self:?}").chars() {
+                    if c.is_ascii_uppercase() && !name.is_empty() {
+                        name.push('_');
+                    }
+                    name.push(c.to_ascii_lowercase());
+                }
+                name
+            }
+
             /// What else a stored row is found by; also checks that it decodes.
             pub(crate) fn index_of(self, value: &Arc<[u8]>) -> Result<Vec<IndexKey>, prost::DecodeError> {
                 use prost::Message as _;

@@ -23,7 +23,7 @@ use parking_lot::Mutex;
 
 use crate::{Error, engine::Engine};
 use io::{Op, Shared};
-pub use open::{Inspection, inspect};
+pub use open::{Inspection, inspect, walk};
 
 /// Requests that may wait for the log's thread; a further one waits for room.
 pub const QUEUE_REQUESTS_MAX: usize = 1_024;

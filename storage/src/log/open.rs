@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use super::{Bounds, LogId, Vote, codec, sizes::Sizes};
+use super::{Bounds, LogId, Record, Vote, codec, sizes::Sizes};
 use crate::{
     Error,
     engine::{END, Engine, Space, View, WriteBatch},
@@ -49,6 +49,16 @@ pub fn inspect(engine: &dyn View) -> Result<Inspection, Error> {
     let (found, bad) = look(engine)?;
     let Found { bounds, vote, committed, suspect, .. } = found;
     Ok(Inspection { bounds, vote, committed, suspect, damaged_end: bad.map(|bad| (bad.first, bad.why)) })
+}
+
+/// Visits the records from an index on, up to the end or a damaged end.
+pub fn walk(engine: &dyn View, from: u64, mut visit: impl FnMut(Record) -> ControlFlow<()>) -> Result<(), Error> {
+    engine.iterate(Space::Log, &codec::key(from), None, &mut |key, value| match codec::index(key)
+        .map(|index| codec::decode(index, value))
+    {
+        Some(Ok(record)) => visit(record),
+        _ => ControlFlow::Break(()),
+    })
 }
 
 pub(super) fn recover(engine: &dyn Engine) -> Result<Found, Error> {

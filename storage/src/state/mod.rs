@@ -23,6 +23,7 @@ use std::{
 use parking_lot::Mutex;
 
 pub use selvedge_domain::{JournalRow, RowChange};
+pub(crate) use snapshot::export;
 pub use snapshot::{Head, Snapshot, verify};
 
 use crate::{

@@ -66,7 +66,7 @@ pub fn verify(from: impl Read, mut visit: impl FnMut(u8, &[u8], &[u8])) -> Resul
     })
 }
 
-pub(super) fn export(view: &dyn View, to: impl Write) -> Result<Vec<u8>, Error> {
+pub(crate) fn export(view: &dyn View, to: impl Write) -> Result<Vec<u8>, Error> {
     let meta = view.read(Space::StateMeta, META)?.unwrap_or_default();
     let mut sink = Sink::new(to);
     let mut header = MAGIC.to_vec();

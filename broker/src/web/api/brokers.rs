@@ -23,6 +23,8 @@ use crate::web::{Context, Problem};
 /// A leader that is to be removed has so long to hand over.
 const HAND_OVER_WAIT: Duration = Duration::from_secs(10);
 const HAND_OVER_POLL: Duration = Duration::from_millis(50);
+/// Cluster time is set no further ahead of a broker's own clock than this.
+const AHEAD_MS_MAX: u64 = 60_000;
 
 /// The cluster as the answering broker sees it.
 #[derive(Serialize, ToSchema)]
@@ -39,6 +41,9 @@ pub(super) struct ClusterView {
     version_next: Option<u32>,
     /// Epoch of the log.
     epoch: u32,
+    /// Users, devices, workloads and connectors of epochs before this one are held until somebody vouches for them; 0
+    /// when nobody is.
+    held_before_epoch: u32,
     /// Position of the state here.
     position: String,
     /// Hash of the state here, hex.
@@ -168,6 +173,7 @@ pub(super) async fn show(State(context): State<Arc<Context>>, Seen(state): Seen)
         version: cluster.version,
         version_next,
         epoch: status.epoch,
+        held_before_epoch: cluster.held_before_epoch,
         position: state.position().to_string(),
         state_hash: status.state_hash.clone(),
         revision: cluster.policy_revision,
@@ -372,6 +378,34 @@ pub(super) async fn transfer(
     membership_record(&context, &caller, "cluster.transfer", &target, &result).await;
     result?;
     Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+/// What cluster time is to be.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct NewTime {
+    /// Milliseconds since the Unix epoch.
+    time_ms: u64,
+}
+
+/// Sets cluster time forward, after the voters' clocks stepped by more than it follows by itself. It never goes back, so
+/// a time that this broker's own clock does not show is refused.
+#[utoipa::path(post, path = "/api/v1/cluster/time", tag = "cluster", request_body = NewTime,
+    responses((status = 200, body = ChangedInfo), (status = 422, body = Problem)))]
+pub(super) async fn set_time(
+    State(context): State<Arc<Context>>,
+    caller: Caller,
+    wanted: Wanted,
+    Input(new): Input<NewTime>,
+) -> Result<Response, Problem> {
+    let wall_ms = context.cluster.wall_ms();
+    if new.time_ms > wall_ms.saturating_add(AHEAD_MS_MAX) {
+        let detail = format!("the clock of this broker is at {wall_ms} ms, and cluster time never goes back");
+        return Err(Problem::invalid(detail));
+    }
+    let (target, body) = (new.time_ms.to_string(), Body::SetTime { time_ms: new.time_ms });
+    let changed = context.change(&caller, &wanted, "cluster.set-time", &target, body).await?;
+    Ok(changed.answer(StatusCode::OK, changed.info(&context)))
 }
 
 /// Membership is Raft's own and no command of the log, so its record is written here.

@@ -6,7 +6,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
-use selvedge_domain::command::{Body, Subject};
+use selvedge_domain::command::{Body, Release, Subject};
 use selvedge_domain::rows::{Availability, Broker, Connector, ConnectorGroup, Device, User, Workload};
 use selvedge_domain::state::IndexKey;
 use selvedge_domain::{Id, State as Applied};
@@ -32,6 +32,8 @@ pub(super) struct DeviceView {
     enrolled_ms: u64,
     /// Revoked.
     revoked: bool,
+    /// Held since the cluster was restored, until it is released.
+    held: bool,
 }
 
 /// Devices.
@@ -46,6 +48,7 @@ pub(super) struct DeviceList {
 pub(super) async fn devices(Seen(state): Seen) -> Json<DeviceList> {
     let view = |device: Device| DeviceView {
         id: device.id().to_string(),
+        held: !device.revoked && state.is_held(device.id(), device.vouched_epoch),
         user: device.user.and_then(|id| state.by_id::<User>(id)).map(|user| user.user_name).unwrap_or_default(),
         name: device.name,
         enrolled_ms: device.enrolled_ms,
@@ -65,6 +68,8 @@ pub(super) struct WorkloadView {
     instances: usize,
     /// Revoked.
     revoked: bool,
+    /// Held since the cluster was restored, until it is released.
+    held: bool,
 }
 
 /// Workloads.
@@ -79,6 +84,7 @@ pub(super) struct WorkloadList {
 pub(super) async fn workloads(Seen(state): Seen) -> Json<WorkloadList> {
     let view = |row: Workload| WorkloadView {
         id: row.id().to_string(),
+        held: !row.revoked && state.is_held(row.id(), row.vouched_epoch),
         instances: row.keys_sha256.len(),
         revoked: row.revoked,
         name: row.name,
@@ -101,6 +107,8 @@ pub(super) struct ConnectorView {
     enrolled_ms: u64,
     /// Revoked.
     revoked: bool,
+    /// Held since the cluster was restored, until it is released.
+    held: bool,
     /// As each broker sees it.
     seen: Vec<SeenView>,
 }
@@ -135,6 +143,7 @@ pub(super) async fn connectors(Seen(state): Seen) -> Json<ConnectorList> {
         let seen: Vec<_> = state.rows_under::<Availability>(&prefix).map(|row| seen(&state, row)).collect();
         ConnectorView {
             id: row.id().to_string(),
+            held: !row.revoked && state.is_held(row.id(), row.vouched_epoch),
             group: row.group.and_then(|id| state.by_id::<ConnectorGroup>(id)).map(|row| row.name).unwrap_or_default(),
             up: !row.revoked && seen.iter().any(|seen| seen.up),
             name: row.name,
@@ -177,6 +186,40 @@ pub(super) async fn revoke(
 ) -> Result<Response, Problem> {
     let subject = subject(&context.cluster.state(), &revoke.subject)?;
     let changed = context.change(&caller, &wanted, "revoke", &revoke.subject, Body::Revoke { subject }).await?;
+    Ok(changed.answer(StatusCode::OK, changed.info(&context)))
+}
+
+/// What is to be let be.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ReleaseAsked {
+    /// `device/1-42`, `workload/billing` or `connector/1-43`: an id, or a name that is unique.
+    subject: Option<String>,
+    /// Instead: everything, users too, of the cluster with this id (hex). Takes an owner.
+    cluster_id: Option<String>,
+}
+
+/// Lets be what is held since the cluster was restored: one device, workload or connector, or everything.
+#[utoipa::path(post, path = "/api/v1/release", tag = "identity", request_body = ReleaseAsked,
+    responses((status = 200, body = ChangedInfo), (status = 404, body = Problem), (status = 422, body = Problem)))]
+pub(super) async fn release(
+    State(context): State<Arc<Context>>,
+    caller: Caller,
+    wanted: Wanted,
+    Input(asked): Input<ReleaseAsked>,
+) -> Result<Response, Problem> {
+    let (release, target) = match asked {
+        ReleaseAsked { subject: Some(text), cluster_id: None } => {
+            (Release::Subject(subject(&context.cluster.state(), &text)?), text)
+        }
+        ReleaseAsked { subject: None, cluster_id: Some(id) } => {
+            let bytes = hex::decode(&id).ok().and_then(|bytes| bytes.try_into().ok());
+            let cluster_id = bytes.ok_or_else(|| Problem::invalid("a cluster id is 32 hexadecimal digits"))?;
+            (Release::Everything { cluster_id }, format!("cluster/{id}"))
+        }
+        _ => return Err(Problem::invalid("either `subject` or `cluster_id`")),
+    };
+    let changed = context.change(&caller, &wanted, "release", &target, Body::Release(release)).await?;
     Ok(changed.answer(StatusCode::OK, changed.info(&context)))
 }
 

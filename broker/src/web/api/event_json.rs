@@ -41,6 +41,7 @@ fn row(event: &Event) -> Value {
         Event::ClusterPut(r) => json!({
             "cluster_id": hex::encode(&r.cluster_id), "trust_domain": r.trust_domain, "version": r.version,
             "lease_ms": r.lease_ms, "hold_ms": r.hold_ms, "policy_revision": r.policy_revision, "knock_secret": HIDDEN,
+            "held_before_epoch": r.held_before_epoch,
         }),
         Event::BrokerPut(r) => json!({
             "node": r.node.to_string(), "name": r.name, "region": r.region, "host": r.host, "edge": r.edge,
@@ -84,6 +85,7 @@ fn row(event: &Event) -> Value {
             "id": id(r.id), "number": r.number, "directory": id(r.directory), "user_name": r.user_name,
             "external_id": r.external_id, "display_name": r.display_name, "active": r.active, "groups": r.groups,
             "generation": r.generation, "version": r.version, "created_ms": r.created_ms, "modified_ms": r.modified_ms,
+            "vouched_epoch": r.vouched_epoch,
         }),
         Event::GroupPut(r) => json!({
             "id": id(r.id), "number": r.number, "directory": id(r.directory), "display_name": r.display_name,
@@ -102,14 +104,16 @@ fn row(event: &Event) -> Value {
         Event::DevicePut(r) => json!({
             "id": id(r.id), "user": id(r.user), "name": r.name, "key_sha256": hex::encode(&r.key_sha256),
             "generation": r.generation, "revoked": r.revoked, "enrolled_ms": r.enrolled_ms,
+            "vouched_epoch": r.vouched_epoch,
         }),
         Event::WorkloadPut(r) => json!({
             "id": id(r.id), "name": r.name, "keys_sha256": r.keys_sha256.iter().map(hex::encode).collect::<Vec<_>>(),
-            "generation": r.generation, "revoked": r.revoked,
+            "generation": r.generation, "revoked": r.revoked, "vouched_epoch": r.vouched_epoch,
         }),
         Event::ConnectorPut(r) => json!({
             "id": id(r.id), "name": r.name, "group": id(r.group), "key_sha256": hex::encode(&r.key_sha256),
             "generation": r.generation, "revoked": r.revoked, "enrolled_ms": r.enrolled_ms,
+            "vouched_epoch": r.vouched_epoch,
         }),
         Event::CertificatePut(r) => json!({
             "serial": r.serial, "subject": r.subject, "key_sha256": hex::encode(&r.key_sha256),
@@ -120,6 +124,8 @@ fn row(event: &Event) -> Value {
             json!({ "id": id(r.id), "node": r.node.to_string(), "boot": format!("{:016x}", r.boot) })
         }
         Event::JournalCompacted(r) => json!({ "upto_seq": r.upto_seq }),
+        Event::EpochBegan(r) => json!({ "after": id(r.after), "holds": r.holds }),
+        Event::TimeSet(r) => json!({ "from_ms": r.from_ms, "to_ms": r.to_ms }),
     }
 }
 

@@ -44,6 +44,8 @@ pub(super) struct UserView {
     display_name: String,
     /// `active`.
     active: bool,
+    /// Held since the cluster was restored, until the directory pushes them again.
+    held: bool,
     /// Names of the groups.
     groups: Vec<String>,
     /// Devices that are not revoked.
@@ -70,6 +72,7 @@ pub(super) async fn users(Seen(state): Seen, Params(which): Params<Which>) -> Js
         groups: state.groups_of(&user).map(|group| group.display_name).collect(),
         devices: state.devices_of(user.id()).filter(|device| !device.revoked).count(),
         active: user.active,
+        held: state.is_held(user.id(), user.vouched_epoch),
         generation: user.generation,
         user_name: user.user_name,
         display_name: user.display_name,
