@@ -27,13 +27,14 @@ use selvedge_proto::peer as wire;
 use selvedge_proto::peer::raft_client::RaftClient;
 use selvedge_storage::log::Log;
 use tokio::sync::watch;
-use tonic::{Request, Status};
+use tonic::{Code, Request, Status};
 
 use crate::clock::Clock;
 use crate::convert;
 use crate::core::Core;
 use crate::dial::Purpose;
 use crate::error::Fatal;
+use crate::listen::REMOVED;
 use crate::metrics::PEER_REFUSED_TOTAL;
 use crate::raft_types::{LogId, Membership, Raft, Vote};
 
@@ -85,6 +86,8 @@ struct Peer {
     greeting: bool,
     /// One was answered, or was not, in this process.
     asked: bool,
+    /// It says that this broker was removed.
+    removed_us: bool,
     /// What it says that this broker has forgotten.
     doubt: Option<wire::Memory>,
     /// The most of that which turned out to be nothing.
@@ -296,6 +299,18 @@ impl Acquaintances {
         (peer.greeting, peer.asked) = (false, true);
     }
 
+    /// Takes a broker's word that this one was removed.
+    fn dismissed_by(&self, node: u64) {
+        self.inner.peers.lock().nodes.entry(node).or_default().removed_us = true;
+    }
+
+    /// Whether this broker was removed while it did not run: a voter says so, and none has met it since it started.
+    fn is_removed(&self, membership: &Membership) -> bool {
+        let peers = self.inner.peers.lock();
+        let voters = || membership.voter_ids().filter_map(|node| peers.nodes.get(&node));
+        voters().any(|peer| peer.removed_us) && !voters().any(|peer| peer.met.is_some())
+    }
+
     /// Remembers that a broker granted a vote.
     pub(crate) fn granted(&self, node: u64, vote: &Vote) {
         let granted = convert::vote(vote);
@@ -447,6 +462,9 @@ pub(crate) async fn keep(core: Arc<Core>) {
                 core.tasks.spawn(greet(core.clone(), node));
             }
         }
+        if acquaintances.is_removed(&membership) {
+            core.fail(Fatal::Removed);
+        }
         acquaintances.judge_doubts(&membership);
         let stands = acquaintances.may_stand(&membership);
         core.raft.runtime_config().elect(stands);
@@ -477,7 +495,12 @@ async fn greet(core: Arc<Core>, node: u64) {
     match tokio::time::timeout(GREET_TIMEOUT, client.greet(request)).await {
         // What it has to say about it, it has said.
         Ok(Ok(reply)) => drop(core.acquaintances.answered(node, reply.into_inner())),
-        Ok(Err(status)) => tracing::debug!(node, %status, "a greeting was not answered"),
+        Ok(Err(status)) => {
+            tracing::debug!(node, %status, "a greeting was not answered");
+            if status.code() == Code::PermissionDenied && status.message() == REMOVED {
+                core.acquaintances.dismissed_by(node);
+            }
+        }
         Err(_) => tracing::debug!(node, "a greeting was not answered in time"),
     }
     core.acquaintances.end(node);

@@ -100,6 +100,12 @@ impl Peers {
     ///
     /// **Errors** with what failed, causes included.
     pub async fn ask(&self, node: u64) -> Result<Answered, String> {
+        // The first call waits for the connection to be there, which says nothing of clocks.
+        self.clock(node).await?;
+        self.clock(node).await
+    }
+
+    async fn clock(&self, node: u64) -> Result<Answered, String> {
         let mut client = PeerClient::new(self.dialer.channel(node, Purpose::Control));
         let (begun, wall_ms) = (Instant::now(), SystemClock.wall_ms());
         let mut request = Request::new(wire::ClockRequest {});

@@ -4,7 +4,7 @@
 //! others, the newest first, in pieces: a piece comes with the hash before it, and is believed when the chain from
 //! there ends in the hash that is known. Until a piece is whole nobody sees its rows.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,12 +14,13 @@ use selvedge_domain::limits::JOURNAL_MARK_EVERY;
 use selvedge_domain::{Asker, Body, Envelope};
 use selvedge_proto::peer as wire;
 use selvedge_storage::state::{JournalRow, StateStore};
+use tokio::time::Instant;
 use tonic::{Request, Status};
 
 use crate::core::Core;
 use crate::dial::Purpose;
 use crate::error::Error;
-use crate::metrics::{JOURNAL_FETCHED_ROWS_TOTAL, JOURNAL_MISSING_ROWS};
+use crate::metrics::{JOURNAL_DIFFERS_TOTAL, JOURNAL_FETCHED_ROWS_TOTAL, JOURNAL_MISSING_ROWS};
 
 /// Between two looks at what is too old.
 const KEEP_INTERVAL: Duration = Duration::from_secs(1);
@@ -27,6 +28,9 @@ const KEEP_INTERVAL: Duration = Duration::from_secs(1);
 const KEEP_SLACK: u64 = 16;
 /// Between two looks at what is missing.
 const FETCH_INTERVAL: Duration = Duration::from_secs(1);
+/// A broker whose events are not those of this cluster is left alone for so long, then twice that, up to the longest.
+const DIFFERS_PAUSE_MIN: Duration = Duration::from_secs(10);
+const DIFFERS_PAUSE_MAX: Duration = Duration::from_secs(600);
 /// Longest wait for the next part of a piece.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest wait for the others to say what they have.
@@ -194,7 +198,7 @@ pub(crate) async fn holders(core: &Arc<Core>, seq: u64) -> Vec<u64> {
 
 /// Fetches what is missing before a snapshot that was installed.
 pub(crate) async fn fetch_older(core: Arc<Core>) {
-    let (mut told, mut differing) = (false, BTreeSet::new());
+    let (mut told, mut differing) = (false, Differing::new());
     while core.pause(FETCH_INTERVAL).await.is_ok() {
         loop {
             let missing = match missing(&core).await {
@@ -238,8 +242,15 @@ async fn missing(core: &Arc<Core>) -> Result<Option<(u64, u64)>, Error> {
     Ok((begin > floor).then_some((begin, floor)))
 }
 
-async fn fetch_from_any(core: &Arc<Core>, begin: u64, differing: &mut BTreeSet<u64>) -> bool {
+/// Brokers whose events were not those of this cluster: until when each is left alone, and for how long it was.
+type Differing = BTreeMap<u64, (Instant, Duration)>;
+
+async fn fetch_from_any(core: &Arc<Core>, begin: u64, differing: &mut Differing) -> bool {
+    let now = Instant::now();
     for node in core.members().into_iter().filter(|node| *node != core.node) {
+        if differing.get(&node).is_some_and(|(until, _)| *until > now) {
+            continue;
+        }
         match fetch(core, node, begin).await {
             Ok(0) => {}
             Ok(rows) => {
@@ -247,7 +258,11 @@ async fn fetch_from_any(core: &Arc<Core>, begin: u64, differing: &mut BTreeSet<u
                 differing.remove(&node);
                 return true;
             }
-            Err(Error::Journal { seq }) if differing.insert(node) => {
+            Err(Error::Journal { seq }) => {
+                let longer = |(_, pause): &(Instant, Duration)| (*pause * 2).min(DIFFERS_PAUSE_MAX);
+                let pause = differing.get(&node).map_or(DIFFERS_PAUSE_MIN, longer);
+                differing.insert(node, (now + pause, pause));
+                ::metrics::counter!(JOURNAL_DIFFERS_TOTAL).increment(1);
                 tracing::error!(
                     node,
                     seq,

@@ -34,6 +34,8 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const CLUSTER_KEY: &str = "selvedge-cluster";
 const EPOCH_KEY: &str = "selvedge-epoch";
 const NODE_KEY: &str = "selvedge-node";
+/// What a broker is told that was removed for ever.
+pub(crate) const REMOVED: &str = "this broker was removed (SE0104)";
 
 /// What a call says of its caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -108,7 +110,7 @@ impl Gatekeeper {
         // Its row stays for ever, so that it is known.
         let row = self.published.state().row::<Broker>(&caller.node.to_be_bytes());
         if row.is_some_and(|broker| broker.removed) {
-            return Err(refused("removed", "this broker was removed"));
+            return Err(refused("removed", REMOVED));
         }
         Ok(())
     }

@@ -60,6 +60,8 @@ pub const WATCHERS: &str = "selvedge_cluster_watchers";
 pub const WATCHERS_CUT_TOTAL: &str = "selvedge_cluster_watchers_cut_total";
 /// Events before an installed snapshot that are still to be fetched.
 pub const JOURNAL_MISSING_ROWS: &str = "selvedge_cluster_journal_missing_rows";
+/// How often another broker's older events were found not to be those of this cluster.
+pub const JOURNAL_DIFFERS_TOTAL: &str = "selvedge_cluster_journal_differs_total";
 /// Events before an installed snapshot that were fetched.
 pub const JOURNAL_FETCHED_ROWS_TOTAL: &str = "selvedge_cluster_journal_fetched_rows_total";
 
@@ -85,6 +87,7 @@ pub fn describe() {
     describe_gauge!(JOURNAL_MISSING_ROWS, Unit::Count, "older events that this broker still fetches from others");
     describe_counter!(JOURNAL_FETCHED_ROWS_TOTAL, "older events that this broker fetched from others");
     describe_gauge!(RESTORED_HELD, "1 while identities are held since a restore");
+    describe_counter!(JOURNAL_DIFFERS_TOTAL, "how often another broker's older events were not those of this cluster");
     describe_gauge!(LEADER, "1 while this broker leads");
     describe_gauge!(TERM, "term of the last leader known");
     describe_gauge!(LEASE_LEFT_SECONDS, Unit::Seconds, "what is left of the freshness lease");
@@ -103,6 +106,7 @@ pub fn describe() {
     describe_gauge!(CLOCK_OFFSET_MS, Unit::Milliseconds, "distance from the median of the voters' wall clocks");
     // Counted from the start, so that the first of them is seen as a rise.
     metrics::counter!(STATE_DIFFERS_TOTAL).increment(0);
+    metrics::counter!(JOURNAL_DIFFERS_TOTAL).increment(0);
     for outcome in ["done", "refused", "unknown", "busy", "unavailable"] {
         metrics::counter!(PROPOSALS_TOTAL, "outcome" => outcome).increment(0);
     }

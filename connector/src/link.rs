@@ -308,7 +308,7 @@ impl Link {
             }
             Message::GoAway(away) => {
                 info!(broker = self.broker.name, reason = away.reason, "the broker asks to go elsewhere");
-                self.draining.store(true, Ordering::Release);
+                self.leave();
             }
             Message::Upgrade(upgrade) => {
                 return Err(Error::Upgrade { min: upgrade.protocol_min, max: upgrade.protocol_max });
@@ -429,6 +429,11 @@ impl Link {
     /// Ends the stream.
     pub(crate) fn close(&self) {
         self.closed.cancel();
+    }
+
+    /// Asks for no new sessions here: the broker goes.
+    pub(crate) fn leave(&self) {
+        self.draining.store(true, Ordering::Release);
     }
 
     /// Whether new sessions may use it.

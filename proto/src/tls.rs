@@ -25,6 +25,7 @@ use rustls::server::NoServerSessionStorage;
 use rustls::time_provider::TimeProvider;
 use rustls::{ClientConfig, CommonState, ServerConfig};
 
+use own::NamedOrPinned;
 pub use own::{Identity, Renewable, Shown, csr, new_key_and_csr};
 use verifier::{KindVerifier, PinVerifier};
 
@@ -201,14 +202,18 @@ pub fn peer_client(
     mutual_client(identity, anchors, BROKERS, not_before, alpn, expected, time)
 }
 
-/// The web listener: no certificate is asked of callers; HTTP/2 and HTTP/1.1.
+/// What a caller says beside its protocols when it knows the web listener by a pin and not by its name.
+const PINNED_ALPN: &[u8] = b"selvedge-pinned/1";
+
+/// The web listener: no certificate is asked of callers; HTTP/2 and HTTP/1.1. Who knows it by its name is shown `named`, which
+/// may be the operator's; who knows it by a pin is shown `pinned`, which the issuer signed.
 ///
 /// **Errors**: [`Error::Tls`].
-pub fn web_server(identity: &impl Shown) -> Result<ServerConfig, Error> {
+pub fn web_server(named: &impl Shown, pinned: &impl Shown) -> Result<ServerConfig, Error> {
     let mut config = ServerConfig::builder_with_provider(provider().clone())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_no_client_auth()
-        .with_cert_resolver(Arc::new(identity.shown()));
+        .with_cert_resolver(Arc::new(NamedOrPinned { named: named.shown(), pinned: pinned.shown() }));
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     never_resume(&mut config);
     Ok(config)
@@ -216,7 +221,7 @@ pub fn web_server(identity: &impl Shown) -> Result<ServerConfig, Error> {
 
 /// Dials a web listener that is known by a pin and not by its name: accepted is a chain in which
 /// the leaf, or an authority that the leaf verifies to, has the pinned key. Speaks HTTP/1.1; set
-/// `alpn_protocols` for more.
+/// `alpn_protocols` for more, and leave the last of them in place: by it the listener knows what to show.
 ///
 /// **Errors**: [`Error::Tls`].
 pub fn pinned_web_client(pin: Pin, time: &TimeSource) -> Result<ClientConfig, Error> {
@@ -226,7 +231,7 @@ pub fn pinned_web_client(pin: Pin, time: &TimeSource) -> Result<ClientConfig, Er
         .with_custom_certificate_verifier(Arc::new(PinVerifier::new(pin)))
         .with_no_client_auth();
     config.resumption = Resumption::disabled();
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    config.alpn_protocols = vec![b"http/1.1".to_vec(), PINNED_ALPN.to_vec()];
     Ok(config)
 }
 

@@ -246,7 +246,7 @@ fn issued_certificates_shake_hands() {
     let web = house.issuer.issue_web(&hosts, NOW_MS).unwrap();
     for (pin, accepted) in [(anchors.pin(), true), (Pin::of(house.issuer.root()).unwrap(), false)] {
         let dial = tls::pinned_web_client(pin, &time).unwrap();
-        let (client, _) = exchange(dial, tls::web_server(&web).unwrap());
+        let (client, _) = exchange(dial, tls::web_server(&web, &web).unwrap());
         assert_eq!(client.is_ok(), accepted);
     }
     let dial = tls::peer_client(&web, &anchors, None, judged(), &time);

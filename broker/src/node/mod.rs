@@ -260,7 +260,7 @@ impl Broker {
             });
         }
         let certificates = match home.roles.contains(&BrokerRole::Web) {
-            true => Some(web_certificates(&config, issuer.clone(), &time)?),
+            true => Some(web_certificates(&config, issuer.clone(), &own, &time)?),
             false => None,
         };
         let context = web::Context::new(web::Parts {
@@ -515,8 +515,9 @@ fn lost_sessions(log: &Log) -> BTreeMap<String, StreamId> {
 fn web_certificates(
     config: &Valid,
     issuer: Option<Arc<Issuer>>,
+    own: &Renewable,
     time: &ClusterTime,
 ) -> Result<Arc<web::Certificates>, Error> {
     let hosts = vec![config.host.clone(), config.web.bind.ip().to_string()];
-    Ok(Arc::new(web::Certificates::new(config.web_files(), issuer, hosts, time.source())?))
+    Ok(Arc::new(web::Certificates::new(config.web_files(), issuer, hosts, own.clone(), time.source())?))
 }

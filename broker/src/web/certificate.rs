@@ -1,4 +1,7 @@
 //! The web listener's certificate: the operator's files, or one signed by the issuer until there are any.
+//!
+//! Who knows the listener by the pin of the issuer (enrolment, late renewal, the command line) is shown this broker's
+//! own certificate when there are files: the operator's is not the issuer's.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -8,7 +11,7 @@ use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use rustls::ServerConfig;
 use rustls_pki_types::CertificateDer;
-use selvedge_proto::tls::{self, Identity, TimeSource};
+use selvedge_proto::tls::{self, Identity, Renewable, TimeSource};
 
 use super::metrics::{CERTIFICATE_LEFT_SECONDS, CERTIFICATE_LOADS_TOTAL};
 use crate::issuer::{self, Issuer};
@@ -57,6 +60,7 @@ pub struct Certificates {
     current: ArcSwap<ServerConfig>,
     source: Mutex<Source>,
     signer: Option<Signer>,
+    own: Renewable,
     /// What is shown now.
     shown: Mutex<Shown>,
 }
@@ -84,12 +88,13 @@ impl Certificates {
         files: Option<Files>,
         issuer: Option<Arc<Issuer>>,
         hosts: Vec<String>,
+        own: Renewable,
         time: TimeSource,
     ) -> Result<Self, Error> {
         let signer = issuer.map(|issuer| Signer { issuer, hosts, time });
-        let Prepared { source, config, shown } = load(files, signer.as_ref())?;
+        let Prepared { source, config, shown } = load(files, signer.as_ref(), &own)?;
         let current = ArcSwap::from_pointee(config);
-        Ok(Self { current, source: Mutex::new(source), signer, shown: Mutex::new(shown) })
+        Ok(Self { current, source: Mutex::new(source), signer, own, shown: Mutex::new(shown) })
     }
 
     /// Loads the operator's files, or without them has the issuer sign, and changes nothing yet.
@@ -98,7 +103,7 @@ impl Certificates {
     pub fn prepare(&self, files: Option<Files>) -> Result<Option<Prepared>, Error> {
         // What the issuer signed is good until it is due.
         let stays = files.is_none() && matches!(*self.source.lock(), Source::Issuer { .. });
-        if stays { Ok(None) } else { load(files, self.signer.as_ref()).map(Some) }
+        if stays { Ok(None) } else { load(files, self.signer.as_ref(), &self.own).map(Some) }
     }
 
     /// Shows what was prepared from now on; whether that is another certificate.
@@ -122,7 +127,7 @@ impl Certificates {
         let end_ms = self.shown.lock().end_ms;
         ::metrics::gauge!(CERTIFICATE_LEFT_SECONDS).set((end_ms as f64 - (tls::system_time())() as f64) / 1_000.0);
         let Some(files) = self.due() else { return };
-        let outcome = match load(files, self.signer.as_ref()) {
+        let outcome = match load(files, self.signer.as_ref(), &self.own) {
             Ok(prepared) => {
                 self.take(Some(prepared));
                 tracing::info!("the web certificate was renewed");
@@ -155,23 +160,24 @@ impl Certificates {
     }
 }
 
-fn load(files: Option<Files>, signer: Option<&Signer>) -> Result<Prepared, Error> {
-    let (source, identity) = match (files, signer) {
+fn load(files: Option<Files>, signer: Option<&Signer>, own: &Renewable) -> Result<Prepared, Error> {
+    let (source, identity, pinned) = match (files, signer) {
         (Some(files), _) => {
             let seen = modified(&files);
             let identity = Identity::load_files(&files.certificate, &files.key)?;
-            (Source::Files { files, seen }, identity)
+            (Source::Files { files, seen }, identity, own.clone())
         }
         (None, Some(Signer { issuer, hosts, time })) => {
             let now_ms = time();
             let identity = issuer.issue_web(hosts, now_ms)?;
-            (Source::Issuer { renew_at_ms: now_ms + issuer::BROKER_LIFETIME_MS / 3 }, identity)
+            let pinned = Renewable::new(identity.clone());
+            (Source::Issuer { renew_at_ms: now_ms + issuer::BROKER_LIFETIME_MS / 3 }, identity, pinned)
         }
         (None, None) => return Err(Error::None),
     };
     let end_ms = identity.validity_ms().map_or(0, |(_, end_ms)| end_ms);
     let shown = Shown { chain: identity.chain().to_vec(), end_ms };
-    Ok(Prepared { source, config: tls::web_server(&identity)?, shown })
+    Ok(Prepared { source, config: tls::web_server(&identity, &pinned)?, shown })
 }
 
 fn modified(files: &Files) -> Option<[SystemTime; 2]> {

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
 use std::process::Stdio;
 use std::sync::mpsc;
 use std::time::Duration;
@@ -10,7 +11,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::shop::{Shop, exchange, is_cut};
-use crate::world::{DEADLINE, World, wait};
+use crate::world::{DEADLINE, World, text, wait};
 
 /// One way of a link that is long enough to be avoided.
 pub const FAR: Duration = Duration::from_millis(30);
@@ -101,6 +102,28 @@ fn what_takes_access_away_at_one_broker_is_enforced_at_all() {
     );
     for mut stream in live {
         assert!(is_cut(&mut stream), "disabled");
+    }
+}
+
+#[test]
+fn what_was_changed_through_one_broker_is_read_through_every_other() {
+    let world = World::start(Path::new(env!("CARGO_BIN_EXE_selvedge")), 3);
+    let at = |number: usize, args: &[&str]| {
+        let endpoint = format!("https://{}", world.brokers[number % 3].web);
+        let output = world.command(args).env("SELVEDGE_ENDPOINT", endpoint).output().expect("the binary runs");
+        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).expect("text")
+    };
+    let file = world.path("zone.yaml");
+    for round in 0..6 {
+        let zone = format!("round{round}.internal");
+        std::fs::write(&file, format!("kind: Zone\nname: {zone}\n")).expect("a file");
+        at(round, &["apply", "-f", text(&file)]);
+        for other in 1..3 {
+            // What the other broker has by then is not enough: it is to have what was changed from here.
+            let zones = at(round + other, &["get", "zone", "--read", "local"]);
+            assert!(zones.contains(&zone), "round {round}: {zones}");
+        }
     }
 }
 

@@ -196,6 +196,19 @@ async fn the_leader_lets_go_of_those_alone_whom_the_registry_says_are_removed() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_was_removed_while_it_slept_is_told_and_ends() {
+    let setup = Setup::new();
+    let mut brokers = setup.voters(3).await;
+    let asleep = brokers.remove((leader_of(&brokers).await + 1) % 3);
+    asleep.cluster.stop().await;
+    brokers[0].remove(asleep.node).await;
+    let awake = asleep.restart(&setup).await;
+    let ended = tokio::time::timeout(PATIENCE, awake.cluster.fatal()).await.expect("it is told");
+    assert_eq!(ended.code(), "SE0104");
+    brokers[1].create_token("without it").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_cluster_has_at_most_30_members() {
     let setup = Setup::new();
     let first = setup.first().await;

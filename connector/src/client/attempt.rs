@@ -20,6 +20,8 @@ use crate::{dial, end, metrics, trace};
 
 /// Longest time for one broker: it tries two connectors for 2 s each.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(6);
+/// Brokers that are asked for one session, one after the other.
+const ATTEMPTS_MAX: usize = 3;
 /// When the hop stands or has failed, the broker's answer is on its way.
 const ANSWER_GRACE: Duration = Duration::from_secs(1);
 
@@ -31,23 +33,25 @@ enum Failure {
     Retry(u64, Error),
 }
 
-/// Opens a session, with one more attempt through another broker when the first fails before any byte.
+/// Opens a session, with more attempts through other brokers when the first fails before any byte.
 pub(super) async fn open(client: &Client, host: &str, port: u16, transport: Transport) -> Result<Tunnel, Error> {
     let no_such_name = || Error::NoSuchName(host.to_owned());
     let name = Host::parse(host).map_err(|_| no_such_name())?.to_string();
     if port == 0 {
         return Err(no_such_name());
     }
-    let outcome = match once(client, &name, port, transport, None).await {
-        Err(Failure::Retry(node, error)) => {
-            debug!(node, %error, "trying another broker");
-            once(client, &name, port, transport, Some(node)).await
+    let (mut avoid, mut left) = (None, ATTEMPTS_MAX);
+    let outcome = loop {
+        left -= 1;
+        match once(client, &name, port, transport, avoid).await {
+            Err(Failure::Retry(node, error)) if left > 0 => {
+                debug!(node, %error, "trying another broker");
+                avoid = Some(node);
+            }
+            Err(Failure::Final(error) | Failure::Retry(_, error)) => break Err(error),
+            Ok(tunnel) => break Ok(tunnel),
         }
-        other => other,
     };
-    let outcome = outcome.map_err(|failure| match failure {
-        Failure::Final(error) | Failure::Retry(_, error) => error,
-    });
     let code = match &outcome {
         Ok(_) => "opened",
         Err(Error::NoSuchName(_)) => "no_such_name",

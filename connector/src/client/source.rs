@@ -66,14 +66,20 @@ pub(super) enum Verdict {
 impl Waiting {
     pub(super) async fn verdict(&mut self) -> Verdict {
         match self {
-            Self::Own { own, answer, target, .. } => match answer.await {
+            Self::Own { own, link, answer, target } => match answer.await {
                 Ok(Answer::Opened(opened)) => {
                     if let Some(better) = &opened.better {
                         own.remember(target.clone(), better);
                     }
                     Verdict::Opened(*opened)
                 }
-                Ok(Answer::Refused(refused)) => Verdict::Refused(refused),
+                Ok(Answer::Refused(refused)) => {
+                    if refused.code == SessionCode::BrokerDraining as u32 {
+                        // It says so to everybody, and this answer may be quicker.
+                        link.leave();
+                    }
+                    Verdict::Refused(refused)
+                }
                 Ok(Answer::Why(_) | Answer::Resolved(_)) | Err(_) => Verdict::Lost,
             },
             Self::Guest(guest) => guest.verdict().await,

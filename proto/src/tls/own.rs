@@ -15,7 +15,7 @@ use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use zeroize::Zeroizing;
 
-use super::{Error, provider};
+use super::{Error, PINNED_ALPN, provider};
 use crate::identity::{self, Peer};
 use crate::private_file;
 
@@ -196,6 +196,21 @@ impl Renewable {
 impl ResolvesServerCert for Renewable {
     fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         Some(self.0.load().certified.clone())
+    }
+}
+
+/// Shows a caller the certificate by which it knows the web listener.
+#[derive(Debug)]
+pub(super) struct NamedOrPinned {
+    pub(super) named: Renewable,
+    pub(super) pinned: Renewable,
+}
+
+impl ResolvesServerCert for NamedOrPinned {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let is_pinned = hello.alpn().is_some_and(|mut offered| offered.any(|protocol| protocol == PINNED_ALPN));
+        let shown = if is_pinned { &self.pinned } else { &self.named };
+        ResolvesServerCert::resolve(shown, hello)
     }
 }
 

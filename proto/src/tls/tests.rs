@@ -222,7 +222,7 @@ fn a_pinned_web_listener_is_known_by_its_issuers_key() {
     let web = followed_by(&signed, &anchor);
     let dial = |pin, web: &Identity, time| {
         let client = pinned_web_client(pin, &time).unwrap();
-        handshake(client, web_server(web).unwrap())
+        handshake(client, web_server(web, web).unwrap())
     };
     let pin = house.anchors.pin();
     let ends = dial(pin, &web, now()).unwrap();
@@ -301,7 +301,8 @@ fn a_web_listener_resumes_no_session() {
         handshake(client.clone(), server.clone()).unwrap();
         handshake(client.clone(), server.clone()).unwrap().1.handshake_kind()
     };
-    let ours = web_server(&followed_by(&identity, house.anchors.certificate(Role::Brokers))).unwrap();
+    let shown = followed_by(&identity, house.anchors.certificate(Role::Brokers));
+    let ours = web_server(&shown, &shown).unwrap();
     assert_eq!(second(&ours), Some(HandshakeKind::Full));
     // The same client resumes with a server that lets it.
     let mut willing = ours;

@@ -192,3 +192,17 @@ async fn a_connector_whose_certificate_has_expired_since_it_attached_is_not_dial
     assert_eq!(*dialed.borrow(), 0);
     wait_for(|| world.edge.routing.via(short.id).is_none()).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connector_that_is_revoked_in_the_state_is_not_dialed_before_its_stream_is_cut() {
+    let world = world().await;
+    let dialed = with_connector(&world, Manner::echoes()).await;
+    let mut client = world.attach(&world.client, 1).await;
+    let ticket = client.ticket().await;
+    // The state has it; nothing that the change touches has been looked at yet.
+    let revoke = Body::Revoke { subject: Subject::Connector(world.connector.id) };
+    world.ground.apply(world.owner.clone(), revoke);
+    client.open("crm.internal", 80, &ticket).await;
+    assert_eq!(client.refusal().await.code, SessionCode::Unavailable as u32);
+    assert_eq!(*dialed.borrow(), 0);
+}

@@ -37,6 +37,8 @@ pub(crate) struct House {
     pub(crate) clock: Arc<ShiftedClock>,
     router: Router,
     journal: Arc<Journal>,
+    /// The broker's own certificate.
+    pub(super) own: Identity,
     _dir: TempDir,
 }
 
@@ -105,7 +107,7 @@ impl House {
             anchors,
         });
         let router = router::router(context.clone());
-        (Self { context, clock, router, journal, _dir: dir }, issued)
+        (Self { context, clock, router, journal, own: identity, _dir: dir }, issued)
     }
 
     /// A broker that is a cluster.

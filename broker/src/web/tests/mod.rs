@@ -510,16 +510,51 @@ async fn a_device_gets_a_login_and_a_broker_the_sealed_issuer() {
     assert_eq!(house.call("POST", "/enrol/v1", "", body).await.expect(409)["code"], "conflict");
 }
 
+/// The house's listener, with the operator's certificate or without one.
+fn listen(house: &House, files: Option<Files>) -> Web {
+    let (issuer, hosts) = (house.context.issuer.clone(), vec!["web.demo.test".to_owned()]);
+    let own = tls::Renewable::new(house.own.clone());
+    let certificates = Certificates::new(files, issuer, hosts, own, tls::system_time()).unwrap();
+    Web::serve(house.context.clone(), TcpListener::bind("127.0.0.1:0").unwrap(), Arc::new(certificates)).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_pins_the_issuer_is_served_also_where_the_operator_has_a_certificate() {
+    let house = House::new().await;
+    let operators = rcgen::generate_simple_self_signed(["web.demo.test".to_owned()]).unwrap();
+    let dir = TempDir::new().unwrap();
+    let files = Files { certificate: dir.path().join("web.pem"), key: dir.path().join("web.key") };
+    std::fs::write(&files.certificate, operators.cert.pem()).unwrap();
+    std::fs::write(&files.key, operators.signing_key.serialize_pem()).unwrap();
+    let web = listen(&house, Some(files));
+    let address = web.address().to_string();
+
+    // Enrolment and late renewal ask so, the command line by the same handshake.
+    let (pin, time) = (house.context.anchors.pin(), tls::system_time());
+    let secret = house.key(json!({ "kind": "broker", "name": "b2" })).await;
+    let body = json!({ "secret": secret, "kind": "broker", "name": "b2", "csr": csr(), "node": "77" });
+    let (status, _) = selvedge_proto::https::post(&address, pin, &time, "/enrol/v1", &body.to_string()).await.unwrap();
+    assert_eq!(status, 201);
+    let other = selvedge_proto::https::post(&address, [1; 32].into(), &time, "/enrol/v1", "{}").await.unwrap_err();
+    assert!(matches!(other, selvedge_proto::https::Error::WrongCluster { .. }), "{other}");
+
+    // Browsers know it by its name.
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(operators.cert.der().clone()).unwrap();
+    let config = rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+    let stream = tokio::net::TcpStream::connect(web.address()).await.unwrap();
+    let stream = TlsConnector::from(Arc::new(config)).connect("web.demo.test".try_into().unwrap(), stream).await;
+    assert_eq!(stream.unwrap().get_ref().1.peer_certificates().unwrap()[0], *operators.cert.der());
+    web.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_listener_shows_the_pinned_key_and_speaks_http_1_and_2() {
     let house = House::new().await;
-    let certificates =
-        Certificates::new(None, house.context.issuer.clone(), vec!["web.demo.test".to_owned()], tls::system_time());
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let web = Web::serve(house.context.clone(), listener, Arc::new(certificates.unwrap())).unwrap();
+    let web = listen(&house, None);
     for alpn in ["h2", "http/1.1"] {
         let mut config = tls::pinned_web_client(house.context.anchors.pin(), &tls::system_time()).unwrap();
-        config.alpn_protocols = vec![alpn.as_bytes().to_vec()];
+        config.alpn_protocols[0] = alpn.as_bytes().to_vec();
         let stream = tokio::net::TcpStream::connect(web.address()).await.unwrap();
         let name = "web.demo.test".try_into().unwrap();
         let stream = TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap();
