@@ -149,8 +149,17 @@ async fn of_the_survivors_the_one_with_the_most_of_the_log_goes_on_and_nothing_a
     let behind = brokers.remove((leader + 1) % 3);
     let behind_node = behind.node;
     let behind = stopped(behind).await;
-    for n in 0..20 {
-        brokers[0].create_token(&format!("t{n}")).await.unwrap();
+    // On a busy machine some may not be acknowledged; those that are count.
+    let (mut acknowledged, begun_at) = (Vec::new(), Instant::now());
+    for n in 0.. {
+        let name = format!("t{n}");
+        if brokers[0].create_token(&name).await.is_ok() {
+            acknowledged.push(name);
+        }
+        if acknowledged.len() == 20 {
+            break;
+        }
+        assert!(begun_at.elapsed() < 2 * PATIENCE, "two of three take writes");
     }
     // Whoever stood for election since votes in a higher term, and has no more of the log for it.
     {
@@ -180,8 +189,8 @@ async fn of_the_survivors_the_one_with_the_most_of_the_log_goes_on_and_nothing_a
 
     let next = setup.start(dir).await;
     next.register().await;
-    for n in 0..20 {
-        assert!(next.has_token(&format!("t{n}")), "t{n} was acknowledged");
+    for name in &acknowledged {
+        assert!(next.has_token(name), "{name} was acknowledged");
     }
     next.create_token("after").await.unwrap();
     next.cluster.stop().await;
