@@ -328,6 +328,7 @@ mod tests {
         assert!(matches!(waiting.await, Ok(Answer::Busy)));
         tokio::time::sleep(IDLE_TIMEOUT / 2).await;
         let _again = stream.propose().await;
+        assert_eq!(stream.settled().await, [2]);
         stream.answer(2).await;
         tokio::time::sleep(IDLE_TIMEOUT * 3 / 4).await;
         assert!(!stream.ended.is_finished(), "it was used since");
