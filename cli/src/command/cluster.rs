@@ -94,6 +94,7 @@ pub enum Command {
     /// Let new rules decide, once every broker runs a build that knows them; there is no way back to an older build
     RaiseVersion {
         /// Version; the newest that a broker knows when not given
+        #[arg(id = "rules", value_name = "VERSION")]
         version: Option<u32>,
         /// JSON
         #[arg(long)]

@@ -177,6 +177,7 @@ async fn who_has_seen_a_position_reads_nothing_older_from_a_broker_that_is_cut_o
     let (cut, node) = (&hosts[behind].broker.cluster, hosts[behind].broker.node);
     hosts[leader].broker.create_token("before").await.unwrap();
     let before = here.state().position();
+    until("it has what comes before", || cut.state().position() >= before).await;
     links.cut(behind, node, true);
     hosts[leader].broker.create_token("after").await.unwrap();
     let seen = here.state().position();
