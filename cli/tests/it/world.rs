@@ -5,6 +5,7 @@ use std::io::{BufRead as _, BufReader, Read as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// Longest wait for anything that should happen.
@@ -393,10 +394,21 @@ pub fn wait(what: &str, mut is: impl FnMut() -> bool) {
     }
 }
 
-/// Four addresses on loopback that were free a moment ago.
+/// Addresses on loopback that were free a moment ago, and that no connection is given in the meantime: a broker that is down
+/// finds its own again.
 pub fn free_ports<const N: usize>() -> [SocketAddr; N] {
-    let listeners = [(); N].map(|()| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port"));
-    listeners.map(|listener| listener.local_addr().expect("bound"))
+    /// Below what systems give to connections.
+    const PORTS: std::ops::Range<u16> = 10_000..32_000;
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    // Another process that asks at the same time begins elsewhere.
+    let begin = std::process::id().wrapping_mul(977);
+    [(); N].map(|()| {
+        let mut tries = PORTS.map(|_| {
+            let place = begin.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % PORTS.len() as u32;
+            SocketAddr::from((Ipv4Addr::LOCALHOST, PORTS.start + place as u16))
+        });
+        tries.find(|address| TcpListener::bind(address).is_ok()).expect("a free port")
+    })
 }
 
 /// A plain HTTP GET; none when nobody answers.
