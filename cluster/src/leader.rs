@@ -305,55 +305,79 @@ async fn read_clock(core: Arc<Core>, voter: u64) {
     core.clocks.lock().offsets.insert(voter, (offset_ms, now_ms));
 }
 
-/// Who asked this leader for a read index for its lease, and when.
+/// Who asked this broker for a read index for its lease, and since when it leads.
 #[derive(Default)]
 pub(crate) struct Holders {
-    term: u64,
-    since_ms: u64,
+    /// The newest term that this broker was seen to lead, and when it was first seen to.
+    led: Option<(u64, u64)>,
     asked: BTreeMap<u64, u64>,
 }
 
 impl Holders {
-    /// A new term knows nothing: everybody may hold a full lease from its beginning.
-    fn enter(&mut self, term: u64, now_ms: u64) {
-        if self.term != term {
-            *self = Self { term, since_ms: now_ms, asked: BTreeMap::new() };
+    /// This broker leads a term.
+    fn lead(&mut self, term: u64, now_ms: u64) {
+        if self.led.is_none_or(|(led, _)| led != term) {
+            self.led = Some((term, now_ms));
         }
+    }
+
+    /// Whether a node may hold a lease: until this broker led, it may have had one from another.
+    fn may_hold(&self, node: u64, now_ms: u64, over_ms: u64) -> bool {
+        let since_ms = self.led.map_or(now_ms, |(_, since_ms)| since_ms);
+        let last_ms = self.asked.get(&node).copied().unwrap_or_default().max(since_ms);
+        now_ms < last_ms + over_ms
     }
 }
 
 impl Core {
     /// Notes that a node asks for a read index for its lease. Called before the quorum is asked.
     pub(crate) fn note_holder(&self, node: u64) {
-        let (term, now_ms) = (self.metrics().current_term, self.clock.boottime_ms());
+        let (metrics, now_ms) = (self.metrics(), self.clock.boottime_ms());
         let mut holders = self.holders.lock();
-        holders.enter(term, now_ms);
+        if metrics.state.is_leader() {
+            holders.lead(metrics.current_term, now_ms);
+        }
         holders.asked.insert(node, now_ms);
     }
 
     /// Who may hold a lease now, as this leader knows. The caller has made sure that it leads.
     pub(crate) fn known_holders(&self) -> Vec<(u64, bool)> {
-        let (term, now_ms) = (self.metrics().current_term, self.clock.boottime_ms());
+        let (metrics, now_ms) = (self.metrics(), self.clock.boottime_ms());
         let over_ms = surely_over_ms(self.longest_lease_ms());
         let mut counted = self.counted();
         let mut holders = self.holders.lock();
-        holders.enter(term, now_ms);
-        counted.extend(holders.asked.iter().filter(|(_, at_ms)| now_ms < **at_ms + over_ms).map(|(node, _)| *node));
+        if metrics.state.is_leader() {
+            holders.lead(metrics.current_term, now_ms);
+        } else {
+            // It does not any more.
+            holders.led = None;
+        }
+        holders.asked.retain(|_, at_ms| now_ms < *at_ms + over_ms);
+        counted.extend(holders.asked.keys());
         counted.sort_unstable();
         counted.dedup();
-        counted
-            .into_iter()
-            .map(|node| {
-                let last_ms = holders.asked.get(&node).copied().unwrap_or(holders.since_ms);
-                (node, now_ms < last_ms + over_ms)
-            })
-            .collect()
+        counted.into_iter().map(|node| (node, holders.may_hold(node, now_ms, over_ms))).collect()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_asked_before_this_broker_led_may_have_a_lease_from_whoever_led_then() {
+        let mut holders = Holders::default();
+        assert!(holders.may_hold(2, 5_000, 100), "a broker that does not lead knows nothing");
+        holders.asked.insert(2, 1_000);
+        holders.lead(7, 1_900);
+        assert!(holders.may_hold(2, 1_999, 100), "it asked again, somewhere else");
+        assert!(!holders.may_hold(2, 2_000, 100) && !holders.may_hold(3, 2_000, 100));
+        holders.asked.insert(2, 2_500);
+        holders.lead(7, 2_590);
+        assert!(holders.may_hold(2, 2_599, 100) && !holders.may_hold(3, 2_599, 100), "the same term began once");
+        holders.lead(9, 2_590);
+        assert!(holders.may_hold(3, 2_599, 100), "another led in between");
+    }
 
     #[test]
     fn an_entry_is_bounded_and_a_raise_of_the_version_has_one_of_its_own() {
