@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
-use proptest::test_runner::{Config, TestRunner};
+use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
 use super::*;
 use crate::command::{
@@ -329,7 +329,8 @@ fn objects(a: usize, b: usize, c: usize, flag: bool) -> Apply {
 #[test]
 fn a_state_loaded_from_what_was_written_is_the_one_that_it_came_from_and_goes_on_alike() {
     let done = RefCell::new(BTreeSet::new());
-    let mut runner = TestRunner::new(Config { failure_persistence: None, ..Config::with_cases(96) });
+    let config = Config { failure_persistence: None, ..Config::with_cases(96) };
+    let mut runner = TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha));
     let result = runner.run(&steps(), |batches| {
         let mut world = World::new();
         for batch in batches {
